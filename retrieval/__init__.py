@@ -1,0 +1,1 @@
+"""Which general text helps: BM25 over a corpus store. Imports `tasks` only."""

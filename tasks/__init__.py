@@ -1,0 +1,1 @@
+"""What is to be learnt: labelled texts, their splits, their metrics. Imports nothing of ours."""

@@ -1,0 +1,78 @@
+"""One batch: token sequences of any lengths laid end to end, with no padding anywhere.
+
+Sequences are sorted by length, so that those of one length lie next to each other and form a group: a view of shape
+[sequences, length, ...] of the flat tensor. Everything but attention runs on the flat tokens; attention runs once a
+group. With lengths of 20 to 128 tokens that is about 24 small calls for 32 sequences, and measured as fast as the best
+padded arrangement (4 to 8 groups, 7 to 13% padding, masks, an index to gather and one to scatter) and 1.7 to 2.2 times
+as fast as one padded batch, so the simpler one stays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100  # a target that asks for no prediction, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of N sequences. Flat tensors and groups are in packed order, what is per sequence in the caller's."""
+
+    tokens: torch.Tensor  # int64[T]
+    positions: torch.Tensor  # int64[T], from 0 in each sequence
+    groups: tuple[tuple[int, int], ...]  # (sequences, length), lengths rising; the products sum to T
+    slots: torch.Tensor  # int64[N]: where the caller's i-th sequence lies among the packed ones
+    lengths: tuple[int, ...]  # N
+    masked: torch.Tensor  # int64[M]: flat positions whose token is to be predicted
+    masked_tokens: torch.Tensor  # int64[M]: what stands there
+    labels: torch.Tensor | None = None  # int64[N]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """[T, ...] -> one view [sequences, length, ...] a group. Its backward is a single concatenation."""
+        parts = flat.split([count * length for count, length in self.groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+def pack(
+    sequences: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Batch:
+    """Lay `sequences` (int arrays, each with at least one token) end to end.
+
+    `targets` holds an array a sequence, as long as it: the token to predict there, or IGNORE. `labels` is one class a
+    sequence.
+    """
+    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+    assert min(lengths, default=0) > 0, "a batch needs sequences, each with at least one token"
+    order = np.argsort(lengths, kind="stable")
+    slots = np.empty_like(order)
+    slots[order] = np.arange(len(order))
+    distinct, counts = np.unique(lengths, return_counts=True)
+    masked = masked_tokens = np.empty(0, dtype=np.int64)
+    if targets is not None:
+        flat_targets = np.concatenate([targets[i] for i in order]).astype(np.int64)
+        assert len(flat_targets) == lengths.sum(), "targets are as long as their sequences"
+        masked = np.flatnonzero(flat_targets != IGNORE)
+        masked_tokens = flat_targets[masked]
+    return Batch(
+        tokens=torch.from_numpy(np.concatenate([sequences[i] for i in order]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([np.arange(lengths[i]) for i in order])),
+        groups=tuple((int(count), int(length)) for count, length in zip(counts, distinct, strict=True)),
+        slots=torch.from_numpy(slots),
+        lengths=tuple(lengths.tolist()),
+        masked=torch.from_numpy(masked),
+        masked_tokens=torch.from_numpy(masked_tokens),
+        labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+    )

@@ -1,0 +1,273 @@
+"""One Transformer in ModernBERT's layout, trained from scratch on two heads: masked tokens and one label a sequence.
+
+Parameter names are those of `transformers`, so that export is a copy of tensors. It trades generality for speed on a
+CPU: full attention only, no padding (see batches.py), the MLM head at masked positions only. Legend of shape suffixes:
+T tokens of a batch, N sequences, M masked positions, C labels, V vocabulary.
+
+Layout: Warner et al. 2024 (arXiv 2412.13663) with every layer on full attention: pre-norm without biases, a norm after
+the embedding and hence none before the first attention, RoPE (Su et al. 2021), GeGLU (Shazeer 2020), a tied decoder.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tasks.errors import InputError
+from tlm.batches import Batch
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}  # names as in transformers
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What fixes the tensors and the function they compute; saved beside the weights."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    max_length: int
+    num_labels: int
+    pooling: str = "mean"  # mean over all tokens of a sequence, or its first: cls
+    activation: str = "gelu"  # of the gated MLP; the heads always use gelu
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0  # after the embedding, inside the MLP and after attention
+    pad_id: int = 0
+    unk_id: int = 1
+    cls_id: int = 2
+    sep_id: int = 3
+    mask_id: int = 4
+
+    def __post_init__(self) -> None:
+        if self.hidden % (2 * self.heads):
+            raise InputError(f"model.hidden={self.hidden} must be a multiple of twice model.heads={self.heads}")
+        if self.pooling not in ("mean", "cls"):
+            raise InputError(f"model.pooling={self.pooling!r} must be mean or cls")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"model.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+
+
+class Rotate(torch.autograd.Function):
+    """RoPE on queries and keys inside qkv [T, 3, heads, head_dim], in place; values pass through.
+
+    A rotation needs nothing saved but its angle, and its gradient is the rotation by the opposite angle. Written as
+    plain tensor algebra (see `rotate_half` in transformers) it costs three times the memory traffic.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):  # cos, sin: [T, 1, 1, head_dim / 2]
+        ctx.save_for_backward(cos, sin)
+        ctx.mark_dirty(qkv)
+        _rotate(qkv, cos, sin)
+        return qkv
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        gradient = gradient.clone()
+        _rotate(gradient, cos, -sin)
+        return gradient, None, None
+
+
+def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    left, right = qkv[:, :2].chunk(2, dim=-1)
+    rotated = (left * cos).addcmul_(right, sin, value=-1)
+    right.mul_(cos).addcmul_(left, sin)
+    left.copy_(rotated)
+
+
+def angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """cos and sin, each [T, 1, 1, head_dim / 2], of position x frequency, in float32 as transformers does."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angle = (positions[:, None].float() * (1.0 / theta**exponents))[:, None, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm without bias."""
+
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.hidden))
+        self.eps = shape.norm_eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden, self.weight.shape, self.weight, None, self.eps)
+
+
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.norm = Norm(shape)
+        self.drop = nn.Dropout(shape.dropout)
+
+    def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.norm(self.tok_embeddings(tokens_T)))
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.heads = shape.heads
+        self.Wqkv = linear(shape.hidden, 3 * shape.hidden)
+        self.Wo = linear(shape.hidden, shape.hidden)
+        self.out_drop = nn.Dropout(shape.dropout)
+
+    def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qkv = Rotate.apply(self.Wqkv(hidden_TD).unflatten(-1, (3, self.heads, -1)), cos, sin)
+        mixed = []
+        for part in batch.split(qkv):  # [sequences, length, 3, heads, head_dim]
+            query, key, value = part.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(query, key, value)
+            mixed.append(out.transpose(1, 2).reshape(-1, hidden_TD.shape[-1]))
+        return self.out_drop(self.Wo(torch.cat(mixed) if len(mixed) > 1 else mixed[0]))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.Wi = linear(shape.hidden, 2 * shape.intermediate)
+        self.act = ACTIVATIONS[shape.activation]
+        self.drop = nn.Dropout(shape.dropout)
+        self.Wo = linear(shape.intermediate, shape.hidden)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        value, gate = self.Wi(hidden).chunk(2, dim=-1)
+        return self.Wo(self.drop(self.act(value) * gate))
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: ModelShape, first: bool):
+        super().__init__()
+        self.attn_norm = nn.Identity() if first else Norm(shape)  # the embedding has just been normed
+        self.attn = Attention(shape)
+        self.mlp_norm = Norm(shape)
+        self.mlp = GatedMLP(shape)
+
+    def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        hidden_TD = hidden_TD + self.attn(self.attn_norm(hidden_TD), batch, cos, sin)
+        return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
+
+
+class Encoder(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.shape = shape
+        self.embeddings = Embeddings(shape)
+        self.layers = nn.ModuleList(Layer(shape, first=i == 0) for i in range(shape.layers))
+        self.final_norm = Norm(shape)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        hidden_TD = self.embeddings(batch.tokens)
+        head_dim = self.shape.hidden // self.shape.heads
+        cos, sin = angles(batch.positions, head_dim, self.shape.rope_theta, hidden_TD.dtype)
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, batch, cos, sin)
+        return self.final_norm(hidden_TD)
+
+
+class Head(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.dense = linear(shape.hidden, shape.hidden)
+        self.norm = Norm(shape)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+class Decoder(nn.Module):
+    """The MLM output layer: the token embeddings are its weight, so it owns a bias only."""
+
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(shape.vocabulary))
+
+    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, embeddings, self.bias)
+
+
+class Transformer(nn.Module):
+    """The encoder with both heads. Weights are a pure function of (shape, generator's state, residual_init).
+
+    Matrices are drawn as ModernBERT draws them: normal, cut at two deviations, std 0.02. What a layer adds to the
+    stream (attn.Wo and mlp.Wo) starts at `zero`, so that every layer begins as the identity and a warm-started
+    embedding is already a bag of words; or `scaled`, std 0.02 / sqrt(2 layers), as GPT-2 and ModernBERT do.
+    """
+
+    def __init__(self, shape: ModelShape, generator: torch.Generator, residual_init: str = "zero"):
+        super().__init__()
+        assert residual_init in ("zero", "scaled"), residual_init
+        self.shape = shape
+        with torch.device("meta"):  # torch would draw from its global generator only for us to draw again
+            self.model = Encoder(shape)
+            self.mlm_head = Head(shape)
+            self.decoder = Decoder(shape)
+            self.head = Head(shape)
+            self.classifier = linear(shape.hidden, shape.num_labels, bias=True)
+        residual_std = 0.0 if residual_init == "zero" else INIT_STD / math.sqrt(2 * shape.layers)
+        draw(self, generator, residual_std)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [T, hidden] in the batch's packed order, after the last norm."""
+        return self.model(batch)
+
+    def mlm_logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """Logits [M, V] of the rows given: `hidden[batch.masked]`, as over all tokens it costs more than the rest."""
+        return self.decoder(self.mlm_head(hidden_MD), self.model.embeddings.tok_embeddings.weight)
+
+    def classify(self, hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [N, C], a row for each of the caller's sequences in the caller's order."""
+        mean = self.shape.pooling == "mean"
+        pooled = torch.cat([part.mean(1) if mean else part[:, 0] for part in batch.split(hidden_TD)])
+        return self.classifier(self.head(pooled[batch.slots]))
+
+    def reset_head(self, num_labels: int, generator: torch.Generator) -> None:
+        """A fresh classification head, as the second stage wants. Its parameters are new: build the optimizer anew."""
+        self.shape = replace(self.shape, num_labels=num_labels)
+        like = self.decoder.bias
+        with torch.device("meta"):
+            self.head, self.classifier = Head(self.shape), linear(self.shape.hidden, num_labels, bias=True)
+        for module in (self.head, self.classifier):
+            draw(module.to(like.dtype), generator, device=like.device)
+
+
+def draw(module: nn.Module, generator: torch.Generator, residual_std: float = 0.0, device="cpu") -> None:
+    """Give `module` memory and fresh weights, in the order of its parameters' names in the code."""
+    module.to_empty(device=device)
+    for name, weight in module.named_parameters():
+        if weight.ndim == 1:
+            nn.init.constant_(weight, float("norm" in name))
+        else:
+            std = residual_std if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else INIT_STD
+            fresh = torch.empty(weight.shape)
+            nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator) if std else fresh.zero_()
+            with torch.no_grad():
+                weight.copy_(fresh)
+
+
+def forward_flops(shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0) -> int:
+    """Floating-point operations of the matrix products of one forward pass (2mnk each); backward takes twice that.
+
+    `lengths` are the sequences' tokens, `masked` the positions the MLM head sees, `classified` the sequences the
+    classification head sees. Norms, activations and softmax are left out, as is usual.
+    """
+    hidden = shape.hidden
+    per_token = 2 * (3 * hidden * hidden + hidden * hidden + 3 * hidden * shape.intermediate)
+    attention = 4 * hidden * sum(length * length for length in lengths)
+    layers = shape.layers * (per_token * sum(lengths) + attention)
+    mlm_head = 2 * masked * hidden * (hidden + shape.vocabulary)
+    return layers + mlm_head + 2 * classified * hidden * (hidden + shape.num_labels)

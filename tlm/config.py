@@ -1,0 +1,372 @@
+"""Every key a user can set: typed dataclasses, filled from defaults < YAML files < key=value.
+
+A configuration is resolved once, checked, frozen, and written into the run folder before the first step. A plain word
+given to a group sets the group's first key, so that `model=tiny` means `model.size=tiny` and `init=random` means
+`init.method=random`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from tasks.errors import InputError
+
+
+def key(default: Any, help: str) -> Any:
+    """A configuration field with its one line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+def group(kind: type, **changes: Any) -> Any:
+    """A group of keys; `changes` are defaults that differ from the group's own."""
+    return field(default_factory=lambda: kind(**changes))
+
+
+@dataclass
+class DataConfig:
+    text_column: Optional[str] = key(None, "column of the text (guessed from usual names if absent)")
+    label_column: Optional[str] = key(None, "column of the label (guessed from usual names if absent)")
+    metric: Optional[str] = key(None, "accuracy, macro_f1 or micro_f1 (the task card's, else macro_f1)")
+    train_limit: Optional[int] = key(None, "use only this many training texts, drawn by the seed data.seed")
+    per_label: Optional[int] = key(None, "use only this many training texts of each label")
+    keep_duplicates: bool = key(False, "keep training texts that also stand in dev or test")
+    seed: int = key(0, "seed of the few-shot cut and of splits made by hash; fixed while `seed` varies")
+
+
+@dataclass
+class RetrievalConfig:
+    selector: str = key("bm25", "bm25, or random (as many documents as bm25 would select)")
+    engine: str = key("bm25", "bm25 (ours) or rank_bm25 (slow reference)")
+    analyzer: str = key("english", "text -> terms: english (no stop words) or words")
+    scoring: str = key("lucene", "BM25 variant")
+    k1: float = key(1.2, "BM25 term saturation")
+    b: float = key(0.75, "BM25 length normalisation")
+    k: Optional[int] = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
+    max_documents: Optional[int] = key(None, "keep at most this many of the best ranked documents")
+    max_words: Optional[int] = key(None, "keep the best ranked documents up to this many words")
+    query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
+
+
+@dataclass
+class TokenizerConfig:
+    vocabulary: int = key(8192, "number of word pieces, trained on the selection and the task's training texts")
+
+
+@dataclass
+class ModelConfig:
+    size: str = key("tiny", "tiny, small, base, large; or tfidf for the classical rival")
+    hidden: Optional[int] = key(None, "width (by size if absent)")
+    layers: Optional[int] = key(None, "depth (by size if absent)")
+    heads: Optional[int] = key(None, "attention heads (by size if absent)")
+    intermediate: Optional[int] = key(None, "width of the gated MLP (by size if absent)")
+    max_length: int = key(128, "tokens a text, [CLS] and [SEP] included; longer external texts are cut into windows")
+    pooling: str = key("mean", "mean or cls")
+    dropout: float = key(0.0, "dropout in the joint stage")
+
+
+@dataclass
+class InitConfig:
+    method: str = key("cooccurrence", "start of the token embeddings: cooccurrence (PPMI and SVD of token counts) or random")
+    source: str = key("corpus", "texts that are counted: corpus (beginning with the selection) or selection")
+    max_words: int = key(20_000_000, "count at most this many words")
+
+
+@dataclass
+class StageConfig:
+    steps: int = key(1000, "optimizer steps")
+    batch: Optional[int] = key(None, "texts a micro-batch over all processes (from batch_tokens if absent)")
+    batch_tokens: int = key(2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts")
+    accumulation: int = key(1, "micro-batches an optimizer step")
+    lr: float = key(2e-3, "peak learning rate of AdamW (embeddings, norms, heads; everything if optimizer=adamw)")
+    matrix_lr: float = key(1e-2, "peak learning rate of Muon (the layers' matrices)")
+    schedule: str = key("trapezoid", "linear, cosine, trapezoid or constant")
+    warmup: float = key(0.02, "share of the steps that warm up")
+    weight_decay: float = key(0.01, "decoupled weight decay of the matrices")
+    clip: float = key(1.0, "gradient norm is clipped to this")
+    eval_every: int = key(200, "steps between scores on dev (0: never)")
+
+
+@dataclass
+class JointConfig(StageConfig):
+    external_per_task: int = key(3, "external micro-batches for each task micro-batch (the paper's rho1)")
+    mlm_weight: float = key(5.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
+    mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
+
+
+@dataclass
+class FinetuneConfig(StageConfig):
+    dropout: float = key(0.1, "dropout in the finetune stage")
+    head: str = key("fresh", "classification head: fresh (the paper's) or keep (the joint stage's)")
+    patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
+
+
+@dataclass
+class RunConfig:
+    """Keys of every verb that makes a run folder."""
+
+    run: Optional[str] = key(None, "name of the run (made from what runs if absent)")
+    out: str = key("runs", "folder that holds the run folders")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: stores, indexes, selections, tokens")
+    seed: int = key(0, "seed of everything random")
+    threads: int = key(0, "CPU threads a process (0: all cores)")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
+    corpus: Optional[str] = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
+    precision: str = key("fp32", "fp32, or bf16 (on a GPU)")
+    optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest) or adamw")
+    checkpoint_seconds: int = key(120, "seconds between checkpoints")
+    data: DataConfig = group(DataConfig)
+    retrieval: RetrievalConfig = group(RetrievalConfig)
+    tokenizer: TokenizerConfig = group(TokenizerConfig)
+    model: ModelConfig = group(ModelConfig)
+    init: InitConfig = group(InitConfig)
+    joint: JointConfig = group(JointConfig)
+    finetune: FinetuneConfig = group(FinetuneConfig, steps=400, lr=1e-3, matrix_lr=3e-3, eval_every=25)
+    deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"})
+
+
+@dataclass
+class RetrieveConfig:
+    task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    out: str = key("selection", "folder to write selection.jsonl.gz and manifest.json to")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+    seed: int = key(0, "seed of a random selection")
+    threads: int = key(0, "CPU threads (0: all cores)")
+    data: DataConfig = group(DataConfig)
+    retrieval: RetrievalConfig = group(RetrievalConfig)
+
+
+@dataclass
+class DemoConfig:
+    out: str = key("runs/demo", "folder of the demo's runs and report")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+    seeds: int = key(1, "number of seeds; the table shows the mean")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class EvalConfig:
+    task: Optional[str] = key(None, "another task with the same labels (the run's own if absent)")
+    split: str = key("dev", "dev or test")
+    data: DataConfig = group(DataConfig)
+
+
+@dataclass
+class PredictConfig:
+    text_column: Optional[str] = key(None, "column of the text in a csv, jsonl or parquet file")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class ExportConfig:
+    out: str = key("", "folder to write; it must not exist yet")
+
+
+@dataclass
+class DoctorConfig:
+    json: bool = key(False, "print JSON instead of tables")
+
+
+# hidden, layers, heads, intermediate: head dimension 32 to 64; tiny and small are what two CPU cores train in minutes.
+SIZES = {
+    "tiny": (128, 4, 4, 256),
+    "small": (256, 4, 4, 512),
+    "base": (512, 8, 8, 768),
+    "large": (768, 22, 12, 1152),
+}
+
+
+def load(kind: type, arguments: list[str]) -> Any:
+    """Resolve `[config.yaml ...] [key=value ...]` into a frozen-by-convention instance of the dataclass `kind`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(kind)
+    for argument in arguments:
+        if "=" in argument and not argument.endswith((".yaml", ".yml")):
+            name, _, text = argument.partition("=")
+            given, where = nest(name.strip(), parse(text)), f"{name.strip()}={text}"
+        else:
+            given, where = read_yaml(Path(argument)), argument
+        given = check_keys(given, kind, where)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(given))
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{where}: {reason}; `--help` lists each key with its type") from None
+    return OmegaConf.to_object(merged)
+
+
+def parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        return text
+
+
+def read_yaml(path: Path) -> dict:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a config.yaml or key=value") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if content is not None and not isinstance(content, dict):
+        raise InputError(f"{path}: must hold `key: value` lines at its top level")
+    return content or {}
+
+
+def nest(dotted: str, value: Any) -> dict:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def check_keys(given: dict, kind: type, where: str, prefix: str = "") -> dict:
+    """`given` with plain words for a group expanded; an unknown key is an error that names the nearest valid one."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    checked = {}
+    for name, value in given.items():
+        if name not in fields:
+            valid = list(key_paths(kind, prefix))
+            near = difflib.get_close_matches(f"{prefix}{name}", valid, 1, 0.5)
+            near = near or [k for k in valid if k.split(".")[-1] == name][:1] or valid[:1]
+            raise InputError(f"{where}: unknown key {prefix}{name}; did you mean {near[0]}?")
+        inner = fields[name].type
+        if dataclasses.is_dataclass(inner):
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                value = {dataclasses.fields(inner)[0].name: value}
+            value = check_keys(value, inner, where, f"{prefix}{name}.")
+        elif value is None and not is_optional(inner):
+            raise InputError(f"{where}: key {prefix}{name} needs a value of type {type_name(inner)}")
+        elif inner is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)  # YAML reads run=42 as a number
+        checked[name] = value
+    return checked
+
+
+def key_paths(kind: type, prefix: str = ""):
+    for f in dataclasses.fields(kind):
+        yield f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(f.type):
+            yield from key_paths(f.type, f"{prefix}{f.name}.")
+
+
+def is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind)
+
+
+def type_name(kind: Any) -> str:
+    if is_optional(kind):
+        return type_name(next(a for a in typing.get_args(kind) if a is not type(None)))
+    return getattr(kind, "__name__", str(kind))
+
+
+def help_rows(kind: type, prefix: str = ""):
+    """(key, type, default, help) of every key of a verb, groups flattened."""
+    instance = kind()
+    for f in dataclasses.fields(kind):
+        value = getattr(instance, f.name)
+        if dataclasses.is_dataclass(f.type):
+            yield from help_rows_of(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", type_name(f.type), value, f.metadata["help"]
+
+
+def help_rows_of(instance: Any, prefix: str):
+    for f in dataclasses.fields(instance):
+        yield f"{prefix}{f.name}", type_name(f.type), getattr(instance, f.name), f.metadata["help"]
+
+
+def to_dict(config: Any) -> dict:
+    return dataclasses.asdict(config)
+
+
+# Where a run writes and what else may be changed without changing its result.
+NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds")
+
+
+def sha256(config: Any) -> str:
+    """Hash of what decides a run's result; where it is written, and how often it is saved, does not."""
+    decisive = {k: v for k, v in to_dict(config).items() if k not in NOT_THE_RESULT}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+
+
+CHOICES = {
+    "data.metric": ("accuracy", "macro_f1", "micro_f1"),
+    "retrieval.selector": ("bm25", "random"),
+    "retrieval.engine": ("bm25", "rank_bm25"),
+    "model.size": (*SIZES, "tfidf"),
+    "model.pooling": ("mean", "cls"),
+    "init.method": ("cooccurrence", "random"),
+    "init.source": ("corpus", "selection"),
+    "optimizer": ("muon", "adamw"),
+    "precision": ("fp32", "bf16"),
+    "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
+    "finetune.schedule": ("linear", "cosine", "trapezoid", "constant"),
+    "finetune.head": ("fresh", "keep"),
+    "split": ("dev", "test"),
+}
+# Smallest value that makes sense; what is not here may be anything of its type.
+AT_LEAST = {
+    "data.train_limit": 1, "data.per_label": 1, "retrieval.k": 1, "retrieval.max_documents": 1, "retrieval.max_words": 1,
+    "retrieval.query_terms": 1, "retrieval.k1": 0, "retrieval.b": 0, "tokenizer.vocabulary": 100, "model.hidden": 2,
+    "model.layers": 1, "model.heads": 1, "model.intermediate": 1, "model.max_length": 8, "init.max_words": 1,
+    "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1, "finetune.batch": 1, "joint.batch_tokens": 1,
+    "finetune.batch_tokens": 1, "joint.accumulation": 1, "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0,
+    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.mask_rate": 0, "joint.eval_every": 0,
+    "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0, "seeds": 1, "checkpoint_seconds": 0,
+}  # fmt: skip
+
+
+def validate(config: Any) -> Any:
+    """Refuse values that cannot mean anything; fill the model's sizes in from its preset. Returns the config."""
+    flat = {name: value for name, _, value, _ in rows_of(config)}
+    for name, choices in CHOICES.items():
+        if flat.get(name) is not None and flat[name] not in choices:
+            near = difflib.get_close_matches(str(flat[name]), choices, 1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
+            raise InputError(f"{name}={flat[name]}: not a valid choice; {hint}")
+    for name, least in AT_LEAST.items():
+        if flat.get(name) is not None and flat[name] < least:
+            raise InputError(f"{name}={flat[name]}: must be at least {least}")
+    for name in ("joint.mask_rate", "joint.warmup", "finetune.warmup", "model.dropout", "finetune.dropout"):
+        if name in flat and not 0 <= flat[name] < 1:
+            raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
+    if "model.size" in flat and config.model.size in SIZES:
+        for name, value in zip(("hidden", "layers", "heads", "intermediate"), SIZES[config.model.size], strict=True):
+            if getattr(config.model, name) is None:
+                setattr(config.model, name, value)
+        if config.model.hidden % (2 * config.model.heads):
+            raise InputError(
+                f"model.hidden={config.model.hidden}: must be a multiple of 2 x model.heads={config.model.heads}, "
+                "since rotary positions turn pairs within each head"
+            )
+    return config
+
+
+def rows_of(config: Any):
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from help_rows_of(value, f"{f.name}.")
+        else:
+            yield f.name, type_name(f.type), value, f.metadata["help"]

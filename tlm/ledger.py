@@ -1,0 +1,58 @@
+"""What a run costs: FLOPs (exact, and by the paper's rule), tokens, seconds by phase, peak memory.
+
+The paper's rule (Kaplan et al. 2020 as used in arXiv 2111.04130, table 1): 6 FLOPs a token and parameter, embeddings
+included, of the joint stage alone, counting batch x length tokens a step. The exact count takes what is really computed:
+matrix products and attention three times (forward, and twice backward), the head only where tokens are masked, the
+optimizer's own products, both stages, and what came before them.
+"""
+
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+def paper_flops(parameters: int, tokens: int) -> int:
+    """6ND."""
+    return 6 * parameters * tokens
+
+
+@dataclass
+class Ledger:
+    """Adds up over a run and over its restarts: `state()` goes into each checkpoint, `Ledger(**state)` comes back."""
+
+    flops: int = 0
+    tokens: int = 0
+    joint_tokens: int = 0
+    external_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(name, time.perf_counter() - start)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def state(self) -> dict:
+        return {**vars(self), "seconds": dict(self.seconds)}
+
+    def cost(self, parameters: int) -> dict:
+        """The `cost` entry of a run's summary."""
+        return {
+            "flops": int(self.flops),
+            "flops_paper": paper_flops(parameters, self.joint_tokens),
+            "tokens": int(self.tokens),
+            "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+
+def peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

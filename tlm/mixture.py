@@ -1,0 +1,87 @@
+"""Which examples each step sees: a pure function of (seed, step, rank), so that resuming needs one integer.
+
+Sources follow the paper (arXiv 2111.04130, section 3.2): `external_per_task` external micro-batches, then one task
+micro-batch, and so on. Each source runs through its examples in a new random order every epoch. A draw returns what the
+whole world sees; a rank takes every world-th example, so 1, 2 and 4 processes see the same batches in total.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+EXTERNAL, TASK = "external", "task"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`examples`: int64[n] indices into the source; `positions`: int64[n], where in the source's endless stream they stand."""
+
+    source: str
+    examples: np.ndarray
+    positions: np.ndarray
+
+    def of_rank(self, rank: int, world: int) -> "MicroBatch":
+        return MicroBatch(self.source, self.examples[rank::world], self.positions[rank::world])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sizes and micro-batch sizes (in examples, over all processes) by source; accumulation is micro-batches a step."""
+
+    seed: int
+    sizes: dict[str, int]
+    batch: dict[str, int]
+    external_per_task: int
+    accumulation: int = 1
+
+    def draw(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of optimizer step `step` (from 0), one after the other."""
+        first = step * self.accumulation
+        return [self.micro_batch(first + i) for i in range(self.accumulation)]
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        cycle = self.external_per_task + 1 if self.sizes.get(EXTERNAL) else 1
+        tasks_before = index // cycle
+        if index % cycle == cycle - 1:
+            source, nth = TASK, tasks_before
+        else:
+            source, nth = EXTERNAL, index - tasks_before
+        positions = np.arange(nth * self.batch[source], (nth + 1) * self.batch[source])
+        return MicroBatch(source, self.examples_at(source, positions), positions)
+
+    def examples_at(self, source: str, positions: np.ndarray) -> np.ndarray:
+        size = self.sizes[source]
+        epochs, offsets = np.divmod(positions, size)
+        orders = {epoch: order(self.seed, source, int(epoch), size) for epoch in np.unique(epochs)}
+        return np.array([orders[e][o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
+
+
+@lru_cache(maxsize=8)
+def order(seed: int, source: str, epoch: int, size: int) -> np.ndarray:
+    """The random order of a source's examples in one epoch: int64[size]."""
+    key = np.random.SeedSequence([seed, *source.encode(), epoch])
+    return np.random.Generator(np.random.PCG64(key)).permutation(size)
+
+
+def uniforms(seed: int, stream: str, position: int, tokens: np.ndarray) -> np.ndarray:
+    """Random numbers in [0, 1) that depend on nothing but their coordinates: float64, one for each of `tokens` (int[n]).
+
+    A counter-based generator (SplitMix64's finaliser, Steele et al. 2014): what is masked in an example does not depend
+    on which micro-batch or process the example falls into.
+    """
+    with np.errstate(over="ignore"):
+        x = mix64(stream_key(seed, stream) + np.uint64(position))
+        x = mix64(x + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@lru_cache
+def stream_key(seed: int, stream: str) -> np.uint64:
+    return np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, np.uint64)[0]
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,136 @@
+"""What the model is asked: masked language modelling, classification, and the paper's joint loss.
+
+An external micro-batch is plain masked LM; a task micro-batch is (rho2 * mlm + task) / (rho2 + 1) (arXiv 2111.04130,
+equation 1 and its code). Losses are normalised over the whole optimizer step and over all processes: masks depend on
+nothing but (seed, place in the stream), so every process knows every denominator without asking. Hence 4 micro-batches
+of 8 give what one of 32 gives, and 2 processes what one gives. A loss whose weight is zero is not computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tlm.batches import IGNORE, Batch, pack
+from tlm.mixture import TASK, MicroBatch, uniforms
+
+
+@dataclass(frozen=True)
+class Masking:
+    """BERT's masking (Devlin et al. 2019): of `rate` of the tokens 80% become [MASK], 10% a random token, 10% stay.
+
+    Ids below `ordinary` are special and never chosen.
+    """
+
+    rate: float
+    vocabulary: int
+    ordinary: int
+    mask_id: int
+    seed: int
+
+    def __call__(self, tokens: np.ndarray, source: str, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """One example, int[n], at `position` of its source's stream -> inputs int64[n], targets int64[n] (IGNORE: none).
+
+        At least one token is chosen, so that no example is computed for nothing.
+        """
+        n = np.arange(len(tokens))
+        choose, replace, random = (uniforms(self.seed, f"{source}/{what}", position, n) for what in "abc")
+        choose[tokens < self.ordinary] = 2.0
+        chosen = choose < max(self.rate, np.nextafter(choose.min(), 1.5))
+        inputs = tokens.astype(np.int64)
+        targets = np.where(chosen, inputs, IGNORE)
+        inputs[chosen & (replace < 0.8)] = self.mask_id
+        swapped = chosen & (replace >= 0.9)
+        inputs[swapped] = self.ordinary + (random[swapped] * (self.vocabulary - self.ordinary)).astype(np.int64)
+        return inputs, targets
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples of one kind. `sequence(i)`: int[n] tokens with [CLS] and [SEP]; `labels`: int64[size] of a task."""
+
+    sequence: Callable[[int], np.ndarray]
+    lengths: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A packed micro-batch and what its loss sums are multiplied by (0.0: that loss is off and not computed)."""
+
+    source: str
+    batch: Batch
+    mlm: float
+    task: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Turns a step's micro-batches into packed batches with loss weights; one per stage. `masking` None: no masked LM."""
+
+    sources: dict[str, Source]
+    mlm_weight: float
+    masking: Masking | None
+
+    def step(self, micros: list[MicroBatch], rank: int = 0, world: int = 1) -> list[Weighted]:
+        """The share of `rank`. Summed over micro-batches and ranks, weight x loss sum is the mean over the step's
+
+        micro-batches of the joint loss, where each term is a mean over all examples (or masked tokens) that the step's
+        micro-batches of that source hold.
+        """
+        rho2 = self.mlm_weight if self.masking else 0.0
+        examples = [self.examples(micro) for micro in micros]
+        result = []
+        for micro, pairs in zip(micros, examples, strict=True):
+            same = [other for m, other in zip(micros, examples, strict=True) if m.source == micro.source]
+            share = len(same) / len(micros)
+            masked = sum((targets != IGNORE).sum() for group in same for _, targets in group if targets is not None)
+            is_task = micro.source == TASK
+            mlm_share = share * rho2 / (rho2 + 1) if is_task else share
+            mine = pairs[rank::world]
+            result.append(
+                Weighted(
+                    micro.source,
+                    pack(
+                        [inputs for inputs, _ in mine],
+                        targets=[targets for _, targets in mine] if mine[0][1] is not None else None,
+                        labels=self.sources[TASK].labels[micro.examples[rank::world]] if is_task else None,
+                    ),
+                    mlm=float(mlm_share / masked) if masked else 0.0,
+                    task=share / (rho2 + 1) / sum(map(len, same)) if is_task else 0.0,
+                )
+            )
+        return result
+
+    def examples(self, micro: MicroBatch) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(inputs, targets) of each example of a micro-batch; targets None where masked LM is off."""
+        sequence = self.sources[micro.source].sequence
+        if self.masking is None or (micro.source == TASK and self.mlm_weight == 0):
+            return [(sequence(i), None) for i in micro.examples]
+        pairs = zip(micro.examples, micro.positions, strict=True)
+        return [self.masking(sequence(i), micro.source, position) for i, position in pairs]
+
+
+class Losses(nn.Module):
+    """The module that DeepSpeed wraps: a batch -> (sum of masked-LM losses, sum of task losses), None where off."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, mlm: bool, task: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        hidden_TD = self.model(batch)
+        mlm_sum = task_sum = None
+        if mlm:
+            logits_MV = self.model.mlm_logits(hidden_TD[batch.masked])
+            mlm_sum = F.cross_entropy(logits_MV.float(), batch.masked_tokens, reduction="sum")
+        if task:
+            logits_NC = self.model.classify(hidden_TD, batch)
+            task_sum = F.cross_entropy(logits_NC.float(), batch.labels, reduction="sum")
+        return mlm_sum, task_sum

@@ -1,0 +1,162 @@
+"""The run folder: what was asked, on what machine, from what data, and what came of it.
+
+`config.yaml` is written first, `summary.json` last and atomically: it exists when the run has finished. `metrics.jsonl`
+is appended to; a run that goes on from a checkpoint first cuts it back to where that checkpoint was written, so that a
+run which was killed leaves the same lines as one that was not.
+"""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import InputError
+from tlm import __version__, config as configs
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old file or the whole new one. A full disk is an InputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name the folder of a run") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); restore it or run again under another name") from None
+
+
+class Run:
+    """A run folder that is open for writing (by the first process alone)."""
+
+    def __init__(self, folder: Path, config: Any, writes: bool = True):
+        self.folder, self.writes, self.config_sha256 = folder, writes, configs.sha256(config)
+        if writes:
+            self.open(config)
+        self.metrics_path = folder / "metrics.jsonl"
+
+    def open(self, config: Any) -> None:
+        from omegaconf import OmegaConf
+
+        known = self.folder / "config.yaml"
+        if known.exists():
+            if not same_result(known, config):
+                raise InputError(
+                    f"{self.folder}: holds a run with another configuration; choose another run=NAME, or delete the folder"
+                )
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder}: is not empty and holds no run; choose another run=NAME")
+        write_text(known, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_json(self.folder / "env.json", environment())
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "ckpt"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.folder / "summary.json"
+
+    def inputs(self, inputs: list[dict]) -> None:
+        """Path, rows and sha256 of everything read. A resumed run whose data has changed is refused."""
+        path = self.folder / "inputs.json"
+        if not self.writes:
+            return
+        if path.exists():
+            old = {i["path"]: i["sha256"] for i in read_json(path)}
+            changed = [i["path"] for i in inputs if old.get(i["path"], i["sha256"]) != i["sha256"]]
+            if changed:
+                raise InputError(f"{changed[0]}: has changed since run {self.folder} began; choose another run=NAME")
+        write_json(path, inputs)
+
+    def record(self, **values: Any) -> None:
+        if self.writes:
+            try:
+                with open(self.metrics_path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.metrics_path}: cannot be written ({error.strerror}); make room") from None
+
+    def metrics_bytes(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Forget what was recorded after a checkpoint that had seen `size` bytes."""
+        if self.writes and self.metrics_path.exists():
+            os.truncate(self.metrics_path, min(size, self.metrics_bytes()))
+
+    def log(self, line: str) -> None:
+        if self.writes:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def same_result(path: Path, config: Any) -> bool:
+    """Whether the configuration in `path` leads to the same result as `config`."""
+    try:
+        return configs.sha256(configs.load(type(config), [str(path)])) == configs.sha256(config)
+    except InputError:
+        return False  # keys of another version
+
+
+def environment() -> dict:
+    import importlib.metadata as metadata
+
+    versions = {}
+    for name in ("torch", "deepspeed", "tokenizers", "numpy", "numba", "scikit-learn"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "tlm": __version__,
+        "git_commit": git_commit(),
+        "command": " ".join(["tlm", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this file lies in, read without calling git."""
+    git = Path(__file__).resolve().parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        reference = head.removeprefix("ref: ")
+        if (git / reference).exists():
+            return (git / reference).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), None)
+    except OSError:
+        return None

@@ -53,10 +53,29 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
     reader = _READERS[ending(path)]
     number = 0
     with _named_errors(path), _open(path) as stream:
-        for number, record in reader(path, stream):  # noqa: B007
+        for number, record in reader(path, stream):
             yield number, record
     if number == 0:
         raise InputError(f"{path}: the file is empty (no records)")
+
+
+def exists(path: str) -> bool:
+    with _named_errors(path):
+        if not _is_url(path):
+            return Path(path).expanduser().exists()
+        system, inner = _filesystem(path)
+        return system.exists(inner)
+
+
+def read_object(path: str) -> dict:
+    """The one JSON object that a file such as `card.json` holds. Raises InputError if it is missing or broken."""
+    with _named_errors(path), _open(path) as stream:
+        text = "".join(line for _, line in _lines(path, stream))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    return _checked(path, "the whole file", value, _has_surrogate(text))
 
 
 def sha256(path: str) -> str:
@@ -152,12 +171,12 @@ def _open(path: str) -> Iterator[BinaryIO]:
 
 
 class _Zstandard(io.RawIOBase):
-    """Unpacks zstd frames and, unlike zstandard's own stream_reader, raises EOFError where the last one is cut short."""
+    """Unpacks zstd frames; unlike zstandard's own stream_reader, raises EOFError where the last one is cut short."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard
 
-        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor()
+        self._raw, self._decompressor, self._error = raw, zstandard.ZstdDecompressor(), zstandard.ZstdError
         self._frame, self._packed, self._unpacked = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -171,7 +190,10 @@ class _Zstandard(io.RawIOBase):
                     raise EOFError("the last frame is incomplete")
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            try:
+                self._unpacked = memoryview(self._frame.decompress(self._packed))
+            except self._error as error:
+                raise OSError(f"not a sound zstd file: {error}") from error
             self._packed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
@@ -196,9 +218,8 @@ def _named_errors(path: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        # Remote file systems raise errors of their own kinds; so does zstandard, which is imported only where needed.
-        if not _is_url(path) and type(error).__module__.split(".")[0] not in ("zstandard", "pyarrow"):
-            raise
+        if not _is_url(path):
+            raise  # a defect of ours; but remote file systems raise errors of their own kinds
         raise InputError(f"{path}: cannot be read ({error})") from error
 
 
@@ -228,7 +249,7 @@ def _read_jsonl(path: str, stream: BinaryIO) -> Iterator[tuple[int, dict]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON: {error}") from error
-        yield number, _object(path, f"line {number}", record, line)
+        yield number, _checked(path, f"line {number}", record, _has_surrogate(line))
 
 
 def _read_json(path: str, stream: BinaryIO) -> Iterator[tuple[int, dict]]:
@@ -241,21 +262,23 @@ def _read_json(path: str, stream: BinaryIO) -> Iterator[tuple[int, dict]]:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
+    has_surrogate = _has_surrogate(text)
     for number, record in enumerate(records, 1):
-        yield number, _object(path, f"entry {number}", record, text)
+        yield number, _checked(path, f"entry {number}", record, has_surrogate)
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+def _has_surrogate(text: str) -> bool:
+    return "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text) is not None
 
 
-def _object(path: str, place: str, record, text: str) -> dict:
+def _checked(path: str, place: str, record, has_surrogate: bool) -> dict:
     if not isinstance(record, dict):
-        raise InputError(f"{path}, {place}: a JSON object such as {{\"text\": ...}} is wanted, not {str(record)[:40]!r}")
-    if "\\u" in text and _SURROGATE.search(text):  # half an escaped pair cannot be written as UTF-8 later
+        raise InputError(f'{path}, {place}: an object such as {{"text": ...}} is wanted, not {str(record)[:40]!r}')
+    if has_surrogate:  # half of an escaped pair could not be written as UTF-8 later
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"{path}, {place}: half of a \\ud... surrogate pair is not a character") from error
+            raise InputError(f"{path}, {place}: half of a \\ud... surrogate pair is no character") from error
     return record
 
 
@@ -278,7 +301,7 @@ def _read_csv(path: str, stream: BinaryIO, **dialect) -> Iterator[tuple[int, dic
             if twice := {column for column in columns if columns.count(column) > 1}:
                 raise InputError(f"{path}, line {start}: the column {min(twice)!r} stands there twice; rename one")
         elif len(row) != len(columns):
-            raise InputError(f"{path}, line {start}: {len(row)} fields, but the first line names {len(columns)} columns")
+            raise InputError(f"{path}, line {start}: {len(row)} fields, but the first line names {len(columns)}")
         else:
             yield start, dict(zip(columns, row, strict=True))
 
@@ -293,11 +316,10 @@ def _read_parquet(path: str, stream: BinaryIO) -> Iterator[tuple[int, dict]]:
 
     if not stream.peek(1):
         return
-    seekable = path.lower().endswith(COMPRESSIONS)
+    packed = path.lower().endswith(COMPRESSIONS)  # parquet is read from its end, so an unpacked copy is needed
     try:
-        batches = parquet.ParquetFile(io.BytesIO(stream.read()) if seekable else stream).iter_batches(1024)
         number = 0
-        for batch in batches:
+        for batch in parquet.ParquetFile(io.BytesIO(stream.read()) if packed else stream).iter_batches(1024):
             for record in batch.to_pylist():
                 number += 1
                 yield number, record

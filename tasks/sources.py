@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tasks import columns, files
 from tasks.errors import InputError
+from tasks.types import SPLITS
 
 CATALOG = Path(__file__).parent / "catalog"
 SPLIT_OF = {
@@ -84,7 +85,8 @@ def _open_folder(spec: str, found: list[str]) -> Source:
     card = files.read_object(card_path) if files.exists(card_path) else {}
     if not isinstance(card.get("labels", []), list):
         raise InputError(f"{card_path}: labels must be a list")
-    return _from_files(Path(spec).name or Path(spec).resolve().name, by_split, card)
+    name = Path(spec).name or Path(spec).resolve().name
+    return _from_files(name, {split: by_split[split] for split in SPLITS if split in by_split}, card)
 
 
 def _from_files(name: str, by_split: dict[str, list[str]], card: dict) -> Source:

@@ -10,7 +10,6 @@ it once for each distinct chunk of text and remembers, which is several times as
 """
 
 import hashlib
-import os
 import re
 from array import array
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tasks.errors import InputError
+from tlm.run import write_text
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)  # every tokenizer of ours starts with these; load_tokenizer checks it
@@ -75,13 +75,7 @@ def cached_tokenizer(cache: Path, key: str, texts: Iterable[str], vocabulary: in
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write tokenizer.json in the library's own format, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(tokenizer.to_str(pretty=True))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

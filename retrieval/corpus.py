@@ -1,0 +1,226 @@
+"""The corpus store: general text as one memory-mapped file, a document by its row.
+
+Any JSON lines, CSV, parquet or text files become a store once; from then on a document is two look-ups away, and memory
+does not grow with the text. Rows follow the files and their lines, which makes "earlier document" a stable way to break
+ties. Building keeps about 100 bytes of memory a document, to find repeats.
+
+A store folder: texts.bin (UTF-8, one after another), offsets.npy int64[rows + 1] into it, ids.bin and id_offsets.npy
+likewise, sources.npy uint32[rows] (the names are in the manifest), words.npy int32[rows] (split at white space), and
+manifest.json.
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retrieval import folders
+from retrieval.analyze import ANALYZERS
+from tasks import files
+from tasks.errors import InputError
+
+KIND, VERSION = "corpus store", 1
+TEXT_COLUMNS = ("text", "content", "contents", "body", "passage", "paragraph", "document", "abstract")
+ID_COLUMNS = ("id", "_id", "doc_id", "docid", "document_id")
+SOURCE_COLUMNS = ("source",)
+Progress = Callable[[int, int | None, str], None]  # (done, total or None where it is not known, what)
+
+
+@dataclass(frozen=True)
+class Document:
+    id: str
+    text: str
+    source: str = ""
+
+
+class Corpus:
+    """A store opened: `corpus[row]` is a Document, `len(corpus)` their number.
+
+    `letters` uint8[bytes] and `offsets` int64[rows + 1] are the mapped text; `words` int32[rows]; `source_names`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.manifest = folders.load(self.folder, KIND, VERSION)
+        if self.manifest is None:
+            raise InputError(f"{folder} is not a corpus store: it has no {folders.MANIFEST}")
+        self.letters = np.memmap(self.folder / "texts.bin", np.uint8, "r")
+        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+        self._ids = np.memmap(self.folder / "ids.bin", np.uint8, "r")
+        self._id_offsets = np.load(self.folder / "id_offsets.npy", mmap_mode="r")
+        self.sources = np.load(self.folder / "sources.npy", mmap_mode="r")
+        self.words = np.load(self.folder / "words.npy", mmap_mode="r")
+        self.source_names: list[str] = list(self.manifest["by_source"])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Document:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a corpus of {len(self)} documents")
+        id = self._ids[self._id_offsets[row] : self._id_offsets[row + 1]].tobytes().decode()
+        return Document(id, self.encoded(row).decode(), self.source_names[self.sources[row]])
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[row] for row in range(len(self)))
+
+    def encoded(self, row: int) -> bytes:
+        """One text as UTF-8."""
+        return self.letters[self.offsets[row] : self.offsets[row + 1]].tobytes()
+
+    def texts(self, rows: Iterable[int]) -> list[str]:
+        return [self.encoded(row).decode() for row in rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all documents in their order: id, source and text."""
+        return self.manifest["sha256"]
+
+    @property
+    def statistics(self) -> dict:
+        """documents, words, bytes; by_source: {name: the same}; dropped: {blank, duplicates}."""
+        return {name: self.manifest[name] for name in ("documents", "words", "bytes", "by_source", "dropped")}
+
+
+def build_corpus(
+    documents: Iterable[Document], folder: Path, inputs: Iterable[str] = (), progress: Progress | None = None
+) -> Corpus:
+    """Writes a store; a complete one at `folder` is opened as it is. `inputs` names where the documents came from.
+
+    Blank texts (without a letter or digit) and exact duplicates (the same lower-cased terms in the same order, the
+    first stays) are dropped and counted. Raises InputError where an id repeats or no document is left.
+    """
+    folders.ensure(Path(folder), KIND, VERSION, lambda place: _write(documents, place, list(inputs), progress))
+    return Corpus(folder)
+
+
+def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Corpus:
+    """The corpus that `spec` names: a store, or a file, folder, glob or fsspec address of documents.
+
+    The latter are made into a store under `cache` once; changed files (by size, time or etag) make another one. Columns
+    are guessed: the text from TEXT_COLUMNS or as the only column, the id (else file:line), the source (else the file's
+    name without endings). Raises InputError for what cannot be read, naming file and line.
+    """
+    if "://" not in spec and folders.holds(Path(spec).expanduser(), KIND):
+        return Corpus(Path(spec).expanduser())
+    paths = files.expand(spec)
+    key = folders.key(files=[(path, _state(path)) for path in paths], version=VERSION)
+    return build_corpus(read_documents(paths), Path(cache) / "corpora" / key, paths, progress)
+
+
+def read_documents(paths: list[str]) -> Iterator[Document]:
+    """Documents of files, in the order of paths and lines. A missing text (null) is blank."""
+    shared = os.path.commonpath([path.rpartition("/")[0] for path in paths]) if len(paths) > 1 else ""
+    for path in paths:
+        name = path.removeprefix(shared).lstrip("/") if len(paths) > 1 else path.rpartition("/")[2]
+        stem = path.rpartition("/")[2].split(".")[0]
+        text_column = None
+        for number, record in files.read_records(path):
+            if text_column is None:
+                names = {column.strip().lower(): column for column in record}
+                id_column, source_column = _first(names, ID_COLUMNS), _first(names, SOURCE_COLUMNS)
+                text_column = _first(names, TEXT_COLUMNS) or (next(iter(record)) if len(record) == 1 else None)
+                if text_column is None:
+                    raise InputError(f"{path}: no text column among {', '.join(record)}; call the text's column 'text'")
+            text = record.get(text_column, "" if text_column in record else 0)
+            text = "" if text is None else text
+            if not isinstance(text, str):
+                raise InputError(f"{path}, line {number}: no text in column {text_column!r}; give each record one")
+            id, source = record.get(id_column), record.get(source_column)
+            id = f"{name}:{number}" if id in (None, "") else str(id)
+            yield Document(id, text, stem if source is None else str(source))
+
+
+def _first(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
+    return next((names[name] for name in wanted if name in names), None)
+
+
+def _state(path: str) -> str:
+    """What changes when the file does."""
+    if "://" not in path:
+        state = os.stat(os.path.expanduser(path))
+        return f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
+    from fsspec.core import url_to_fs
+
+    system, inner = url_to_fs(path)
+    return system.ukey(inner)
+
+
+def _write(documents: Iterable[Document], folder: Path, inputs: list[str], progress: Progress | None) -> dict:
+    offsets, id_offsets, words, sources = array("q", [0]), array("q", [0]), array("i"), array("I")
+    id_hashes = array("Q")
+    by_source: dict[str, dict] = {}
+    codes: dict[str, int] = {}
+    seen_texts: set[bytes] = set()
+    dropped = {"blank": 0, "duplicates": 0}
+    content = hashlib.sha256()
+    with (folder / "texts.bin").open("wb") as texts_file, (folder / "ids.bin").open("wb") as ids_file:
+        for document in documents:
+            terms = _terms(document.text)
+            if not terms:
+                dropped["blank"] += 1
+                continue
+            id = document.id.encode()
+            digest = _digest(b" ".join(terms), 16)
+            if digest in seen_texts:
+                dropped["duplicates"] += 1
+                continue
+            seen_texts.add(digest)
+            text = document.text.encode()
+            source = document.source
+            content.update(b"%d %d %d " % (len(id), len(source.encode()), len(text)) + id + source.encode() + text)
+            texts_file.write(text)
+            ids_file.write(id)
+            offsets.append(offsets[-1] + len(text))
+            id_offsets.append(id_offsets[-1] + len(id))
+            id_hashes.append(int.from_bytes(_digest(id, 8)))
+            words.append(len(document.text.split()))
+            sources.append(codes.setdefault(source, len(codes)))
+            counts = by_source.setdefault(source, {"documents": 0, "words": 0, "bytes": 0})
+            counts["documents"] += 1
+            counts["words"] += words[-1]
+            counts["bytes"] += len(text)
+            if progress and len(words) % 5_000 == 0:
+                progress(len(words), None, "reading the corpus")
+    if not words:
+        raise InputError(f"no document with text in {', '.join(inputs[:3]) or 'the corpus'}; check the text column")
+    arrays = {"offsets": offsets, "id_offsets": id_offsets, "words": words, "sources": sources}
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", np.frombuffer(values, values.typecode))
+    _refuse_repeated_ids(folder, np.asarray(id_offsets), np.asarray(id_hashes), inputs)
+    totals = {name: sum(counts[name] for counts in by_source.values()) for name in ("documents", "words", "bytes")}
+    return totals | {
+        "by_source": by_source, "dropped": dropped, "sha256": content.hexdigest(), "inputs": inputs,
+    }  # fmt: skip
+
+
+_TERM_BYTES = bytes(ord(chr(b).lower()) if b < 0x80 and chr(b).isalnum() else 0x20 for b in range(256))
+
+
+def _terms(text: str) -> list[bytes]:
+    """Terms of the analyzer `words`, as bytes; for ASCII by a table, three times as fast."""
+    if text.isascii():
+        return text.encode().translate(_TERM_BYTES).split()
+    return [term.encode() for term in ANALYZERS["words"].terms(text)]
+
+
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
+
+
+def _refuse_repeated_ids(folder: Path, offsets: np.ndarray, hashes: np.ndarray, inputs: list[str]) -> None:
+    """All at the end and by 64-bit hashes, which takes 8 bytes a document where a dict of strings takes 150."""
+    ids = np.memmap(folder / "ids.bin", np.uint8, "r")
+    order = np.argsort(hashes, kind="stable")
+    for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
+        first, second = (int(row) for row in order[place : place + 2])
+        id, other = (ids[offsets[row] : offsets[row + 1]].tobytes() for row in (first, second))
+        if id == other:
+            raise InputError(
+                f"the id {id.decode()!r} repeats in {', '.join(inputs[:3]) or 'the corpus'}: rows {first} and {second} "
+                "(from 0, blank and repeated texts left out) have it; give each document its own, or none"
+            )

@@ -193,9 +193,8 @@ def unlabelled_articles(task: Task) -> tuple[list[Article], int]:
     articles = bbc_articles()
     in_split = {" ".join(tokens(text)) for split in task.splits for text in task.texts(split)}
     taken = {article.group for article in articles if " ".join(tokens(article.text)) in in_split}
-    rest = [article for article in articles if " ".join(tokens(article.text)) not in in_split]
-    unlabelled = [article for article in rest if article.group not in taken]
-    return unlabelled, len(rest) - len(unlabelled)
+    unlabelled = [article for article in articles if article.group not in taken]
+    return unlabelled, len(articles) - len(unlabelled) - len(in_split)
 
 
 def mixed_documents(unlabelled: list[Article], seed: int) -> Iterator[Document]:

@@ -1,3 +1,6 @@
+import resource
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForS
 
 from tasks.errors import InputError
 from tlm.batches import IGNORE, pack
-from tlm.model import ModelShape, Transformer, forward_flops
+from tlm.model import ModelShape, Transformer, forward_flops, load_model, save_model
 
 SHAPE = ModelShape(
     vocabulary=97, hidden=32, layers=3, heads=4, intermediate=40, max_length=64, num_labels=5, rope_theta=2000.0
@@ -77,7 +80,7 @@ def losses(model, batch):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("activation", ["gelu", "silu", "relu2"])
 def test_logits_and_gradients_equal_transformers_on_a_padded_batch(pooling, activation):
-    model = built(ModelShape(**{**vars(SHAPE), "pooling": pooling, "activation": activation}))
+    model = built(replace(SHAPE, pooling=pooling, activation=activation))
     masked_twin, classifier_twin = twins(model)
     sequences, targets, labels = example()
     batch = pack(sequences, targets, labels)
@@ -141,7 +144,7 @@ def test_gradients_of_both_losses_agree_with_finite_differences():
 
 
 def test_training_mode_drops_and_evaluation_does_not():
-    model = built(ModelShape(**{**vars(SHAPE), "dropout": 0.5}))
+    model = built(replace(SHAPE, dropout=0.5))
     batch = pack(example()[0])
     assert torch.equal(model(batch), model(batch))
     assert torch.equal(model(batch), built()(batch))
@@ -167,8 +170,7 @@ def test_weights_are_a_function_of_the_generator_only():
 
 
 def test_zero_residuals_make_a_bag_of_words():
-    shape = ModelShape(**{**vars(SHAPE), "num_labels": 5})
-    model = Transformer(shape, torch.Generator().manual_seed(0), "zero")
+    model = Transformer(SHAPE, torch.Generator().manual_seed(0), "zero")
     sequence = example([12])[0][0]
     forth, back = pack([sequence]), pack([sequence[::-1].copy()])
     torch.testing.assert_close(model.classify(model(forth), forth), model.classify(model(back), back))
@@ -205,4 +207,55 @@ def test_flops_equal_torchs_counter():
 @pytest.mark.parametrize(("key", "value"), [("heads", 3), ("pooling", "max"), ("activation", "tanh")])
 def test_an_impossible_shape_is_a_clear_error(key, value):
     with pytest.raises(InputError, match=f"model.{key}"):
-        ModelShape(**{**vars(SHAPE), key: value})
+        replace(SHAPE, **{key: value})
+
+
+def test_a_saved_model_comes_back_whole(tmp_path):
+    model = built(replace(SHAPE, pooling="cls"))
+    save_model(model, tmp_path / "m", labels=("a", "b", "c", "d", "é"))
+    again = load_model(tmp_path / "m")
+    assert again.shape == model.shape
+    assert not again.training
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_disk_that_refuses_leaves_the_model_that_was_there(tmp_path):
+    first = built()
+    save_model(first, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # model.json fits, the weights do not
+    try:
+        with pytest.raises(InputError, match=r"model\.safetensors: cannot be written .*make room"):
+            save_model(built(seed=1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.equal(load_model(tmp_path).classifier.weight, first.classifier.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "model.safetensors: no such file"),
+        ("model.safetensors", lambda data: data[: len(data) // 2], "model.safetensors: truncated or damaged"),
+        ("model.safetensors", lambda data: data[:5], "model.safetensors: truncated or damaged"),
+        ("model.safetensors", lambda data: b"", "model.safetensors: truncated or damaged"),
+        ("model.json", None, "model.json: no such file"),
+        ("model.json", lambda data: data[:40], "model.json: damaged"),
+        ("model.json", lambda data: b"[]", "model.json: does not describe a model"),
+        ("model.json", lambda data: data.replace(b'"hidden"', b'"hiden"'), "model.json: does not describe a model"),
+        ("model.json", lambda data: data.replace(b'"hidden": 32', b'"hidden": 40'), "does not fit model.json"),
+        ("model.json", lambda data: data.replace(b'"layers": 3', b'"layers": 2'), r"does not fit .*layers\.2"),
+    ],
+)
+def test_a_damaged_model_is_one_clear_sentence(tmp_path, name, content, message):
+    save_model(built(), tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    path.unlink()
+    if content:
+        assert content(data) != data
+        path.write_bytes(content(data))
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path)

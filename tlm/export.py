@@ -1,0 +1,250 @@
+"""A finished run as a folder that `transformers` opens with none of our code.
+
+The model has ModernBERT's layout and names (see model.py), so this is a copy of tensors, a config.json written by hand,
+the tokenizer's own file and a model card. `transformers` itself is not imported: its config classes would save thirty
+lines here and cost a heavy dependency. The tests open the folder with it and compare logits.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import InputError
+from tlm.run import read_json, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Kind:
+    architecture: str  # class of transformers
+    pipeline: str  # its task name on model hubs
+    heads: Mapping[str, str]  # prefix of our tensors -> prefix of theirs; the encoder's names are the same
+
+
+KINDS = {
+    "classification": Kind(
+        "ModernBertForSequenceClassification",
+        "text-classification",
+        {"model.": "model.", "head.": "head.", "classifier.": "classifier."},
+    ),
+    "mlm": Kind(
+        "ModernBertForMaskedLM",
+        "fill-mask",
+        {"model.": "model.", "mlm_head.": "head.", "decoder.": "decoder."},
+    ),
+}
+SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+
+
+def export_run(run: str, out: str) -> int:
+    """`tlm export RUN out=DIR`."""
+    folder = Path(run)
+    if not (folder / "summary.json").exists():
+        raise InputError(f"{run}: holds no finished run (no summary.json); name a finished run, such as runs/NAME")
+    summary = read_json(folder / "summary.json")
+    if "arms" in summary:
+        raise InputError(f"{run}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
+    if summary["arm"] == "tfidf":
+        raise InputError(f"{run}: is TF-IDF with logistic regression, no model for transformers; name a neural run")
+    export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out))
+    print(f'{out}: open it with transformers.pipeline("text-classification", "{out}")')
+    return 0
+
+
+def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, kind: str = "classification") -> None:
+    """Write `out` whole or not at all. `kind` chooses the head: classification, or mlm.
+
+    `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
+    is damaged, or the tokenizer is not its own.
+    """
+    from tlm.model import load_model, write_tensors
+    from tlm.tokenizer import load_tokenizer, save_tokenizer
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; name a new one")
+    model, tokenizer = load_model(model_folder), load_tokenizer(tokenizer_path)
+    labels = read_json(model_folder / "model.json")["labels"]
+    if tokenizer.get_vocab_size() != model.shape.vocabulary:
+        raise InputError(
+            f"{tokenizer_path}: has {tokenizer.get_vocab_size()} tokens, the model {model.shape.vocabulary}; "
+            "give the tokenizer that the model was trained with"
+        )
+    if len(labels) != model.shape.num_labels:
+        raise InputError(
+            f"{model_folder}: model.json names {len(labels)} labels of {model.shape.num_labels}; give a finished model"
+        )
+    tensors = {
+        theirs + name.removeprefix(ours): tensor
+        for name, tensor in model.state_dict().items()
+        for ours, theirs in KINDS[kind].heads.items()
+        if name.startswith(ours)
+    }
+    special_ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / "model.safetensors", tensors)
+        save_tokenizer(tokenizer, temporary / "tokenizer.json")
+        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.shape.max_length))
+        write_json(temporary / "special_tokens_map.json", SPECIALS)
+        write_json(temporary / "config.json", config(model.shape, labels, special_ids, kind))
+        write_text(temporary / "README.md", card(summary, kind))
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); make room or name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def config(shape: Any, labels: list[str], special_ids: dict[str, int], kind: str) -> dict:
+    """config.json of a ModernBertConfig (transformers 5); the last three say the same to transformers 4.48 on."""
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    return {
+        "architectures": [KINDS[kind].architecture],
+        "model_type": "modernbert",
+        "dtype": "float32",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "hidden_activation": shape.activation,
+        "max_position_embeddings": shape.max_length,
+        "norm_eps": shape.norm_eps,
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "decoder_bias": True,
+        "classifier_bias": False,
+        "classifier_activation": "gelu",
+        "classifier_pooling": shape.pooling,
+        "classifier_dropout": 0.0,
+        "embedding_dropout": shape.dropout,
+        "attention_dropout": shape.dropout,
+        "mlp_dropout": shape.dropout,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention"] * shape.layers,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "pad_token_id": special_ids["pad_token"],
+        "cls_token_id": special_ids["cls_token"],
+        "sep_token_id": special_ids["sep_token"],
+        "bos_token_id": special_ids["cls_token"],
+        "eos_token_id": special_ids["sep_token"],
+        "problem_type": "single_label_classification",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "global_attn_every_n_layers": 1,
+        "global_rope_theta": shape.rope_theta,
+        "local_rope_theta": shape.rope_theta,
+    }
+
+
+def tokenizer_config(max_length: int) -> dict:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # the model knows no token types
+        "padding_side": "right",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        **SPECIALS,
+    }
+
+
+METRICS = {"accuracy": ("accuracy", "Accuracy"), "macro_f1": ("f1", "Macro F1"), "micro_f1": ("f1", "Micro F1")}
+METHODS = {
+    "scratch": "It saw the task's training texts and nothing else.",
+    "tlm": "Beside the task's training texts it saw general documents that BM25 retrieved with these texts as queries.",
+    "random": "Beside the task's training texts it saw general documents drawn at random.",
+}
+
+
+def card(summary: dict, kind: str) -> str:
+    """The model card: a YAML head for model hubs, then data, training, scores, cost and limits, out of `summary`."""
+    import yaml
+
+    task, metric, model, data, cost = (summary[key] for key in ("task", "metric", "model", "data", "cost"))
+    results = [
+        {"type": METRICS[name][0], "name": METRICS[name][1], "value": round(summary["test"][name], 4)}
+        for name in METRICS
+        if name in summary["test"]
+    ]
+    dataset = {"type": task, "name": task, "split": "test"}
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": KINDS[kind].pipeline,
+        "license": "other",
+        "license_name": "not-yet-chosen",
+        "tags": ["tlm", "modernbert", "trained-from-scratch"],
+        "datasets": [task],
+        "metrics": sorted({result["type"] for result in results}),
+        "model-index": [
+            {
+                "name": summary["name"],
+                "results": [{"task": {"type": "text-classification"}, "dataset": dataset, "metrics": results}],
+            }
+        ],
+    }
+    low, high = summary["test"][f"{metric}_interval"]
+    scores = "\n".join(
+        f"| {METRICS[name][1]} | {summary['dev'][name]:.1%} | {summary['test'][name]:.1%} |"
+        for name in METRICS
+        if name in summary["test"]
+    )
+    external = (
+        f"{data['external_documents']:,} documents of general text ({data['external_tokens']:,} tokens; "
+        f"{data['external_tokens_seen']:,} seen in training, repeats included)"
+        if data["external_documents"]
+        else "no other text"
+    )
+    method = METHODS.get(summary["arm"], f"Documents beside the task's own were chosen by `{summary['arm']}`.")
+    phases = ", ".join(f"{name.replace('_', ' ')} {seconds:,.0f}" for name, seconds in cost["seconds"].items())
+    call = f'"A text, maybe {SPECIALS["mask_token"]}."' if kind == "mlm" else '"A text.", truncation=True'
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
+
+# {summary["name"]}
+
+A classifier of texts into {len(summary["labels"])} labels ({", ".join(summary["labels"])}), trained from scratch by
+[TLM](https://arxiv.org/abs/2111.04130): no pretrained model stands behind it. ModernBERT's layout with full attention,
+{model["layers"]} layers of {model["hidden"]}, {model["parameters"]:,} parameters
+({model["parameters_without_embeddings"]:,} without embeddings).
+
+```python
+from transformers import pipeline
+
+ask = pipeline("{KINDS[kind].pipeline}", "PATH/OF/THIS/FOLDER")
+ask({call})
+```
+
+## Data
+
+Task `{task}`: {data["train_examples"]:,} labelled training texts, and {external}.
+
+## Training
+
+{method}
+The weights are those with the best dev score. Seed {summary["seed"]}.
+
+## Scores
+
+| metric | dev | test |
+|---|---|---|
+{scores}
+
+{METRICS[metric][1]} is the task's metric; its 95% bootstrap interval on test is {low:.1%} to {high:.1%}.
+It covers the choice of test texts only, not that of the seed. The test split was read once, after training.
+
+## Cost
+
+{cost["flops"]:.3g} floating-point operations, {cost["tokens"]:,} tokens,
+{cost["peak_rss_bytes"] / 1e9:.1f} GB of memory. Seconds: {phases}.
+
+## Limits
+
+It knows this task's labels and the kind of text it was trained on, and answers with one of them whatever it is given.
+Texts are lower-cased, and read up to {model["max_length"]} tokens. What its training text says unfairly it may repeat.
+The licence of the weights is yours to choose; mind those of the texts.
+"""

@@ -147,8 +147,8 @@ def _run_hash(hashes, first, length, power):
 
 
 @njit(cache=True, nogil=True)
-def _find(hashed, length, letters, start, letter_of, keys, values, lines):
-    """The slot of the run of `length` tokens from letters[start], or the empty slot where it belongs."""
+def _find(hashed, length, letters, start, end, letter_of, keys, values, lines):
+    """The slot of the first `length` tokens of letters[start:end], or the empty slot where they belong."""
     slot = hashed & np.uint64(len(keys) - 1)
     while values[slot] >= 0:
         if keys[slot] == hashed and values[slot] & 15 == length:
@@ -157,10 +157,10 @@ def _find(hashed, length, letters, start, letter_of, keys, values, lines):
             while tokens < length:
                 while letter_of[letters[i]] == 0:
                     i += 1
-                while i < len(letters) and letter_of[letters[i]] != 0 and letter_of[letters[i]] == lines[position]:
+                while i < end and letter_of[letters[i]] != 0 and letter_of[letters[i]] == lines[position]:
                     i += 1
                     position += 1
-                if letter_of[lines[position]] != 0 or (i < len(letters) and letter_of[letters[i]] != 0):
+                if letter_of[lines[position]] != 0 or (i < end and letter_of[letters[i]] != 0):
                     break
                 position += 1
                 tokens += 1
@@ -172,17 +172,20 @@ def _find(hashed, length, letters, start, letter_of, keys, values, lines):
 
 @njit(cache=True, nogil=True)
 def _insert(lines, bounds, tokens_of, letter_of, lengths, powers, keys, values, bits):
+    if len(bounds) == 1:
+        return
     longest = (bounds[1:] - bounds[:-1]).max() + 1
     hashes, places = np.empty(longest, np.uint64), np.empty(longest, np.int64)
     for line in range(len(bounds) - 1):
         length = tokens_of[line]
         if length == 0:
             continue
-        tokens = _prefix_hashes(lines, bounds[line], bounds[line + 1] - 1, letter_of, hashes, places)
+        start, end = bounds[line], bounds[line + 1] - 1
+        tokens = _prefix_hashes(lines, start, end, letter_of, hashes, places)
         power = powers[np.searchsorted(lengths, length)]
         for first in range(tokens - length + 1):
             hashed = _run_hash(hashes, first, length, power)
-            slot = _find(hashed, length, lines, places[first], letter_of, keys, values, lines)
+            slot = _find(hashed, length, lines, places[first], end, letter_of, keys, values, lines)
             keys[slot] = hashed
             if values[slot] < 0:
                 values[slot] = places[first] * 16 + length
@@ -196,13 +199,14 @@ def _scan(letters, offsets, first_row, last_row, letter_of, lengths, powers, key
     longest = (offsets[first_row + 1 : last_row + 1] - offsets[first_row:last_row]).max() + 2
     hashes, places = np.empty(longest, np.uint64), np.empty(longest, np.int64)
     for row in range(first_row, last_row):
-        tokens = _prefix_hashes(letters, offsets[row], offsets[row + 1], letter_of, hashes, places)
+        end = offsets[row + 1]
+        tokens = _prefix_hashes(letters, offsets[row], end, letter_of, hashes, places)
         for n in range(len(lengths)):
             for first in range(tokens - lengths[n] + 1):
                 hashed = _run_hash(hashes, first, lengths[n], powers[n])
                 bit = (hashed >> np.uint64(20)) & np.uint64(64 * len(bits) - 1)
                 if (bits[bit >> np.uint64(6)] >> (bit & np.uint64(63))) & np.uint64(1):
-                    slot = _find(hashed, lengths[n], letters, places[first], letter_of, keys, values, lines)
+                    slot = _find(hashed, lengths[n], letters, places[first], end, letter_of, keys, values, lines)
                     if values[slot] >= 0 and found[row - first_row] < 0:
                         found[row - first_row] = values[slot] >> 4
     return found

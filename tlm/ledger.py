@@ -53,6 +53,44 @@ class Ledger:
         }
 
 
+class Meter:
+    """Counts what the steps of a stage do; `read` gives means and rates since the last reading and fills the ledger."""
+
+    def __init__(self, ledger: Ledger, peak_flops: float):
+        """`peak_flops`: FLOP/s of the machine's matrix products, for the utilisation (MFU)."""
+        self.ledger, self.peak_flops = ledger, peak_flops
+
+    def begin(self, stage: str) -> None:
+        """Start counting anew: what happened since the last reading was not training."""
+        self.stage, self.sums, self.since = stage, {}, time.perf_counter()
+
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + amount
+
+    def read(self, reduce) -> dict:
+        """Losses as means, rates, and the ledger's totals. `reduce` sums a list of numbers over all processes."""
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        names = ("steps", "loss", "mlm", "masked", "task", "texts", "tokens", "external_tokens", "flops")
+        s = dict(zip(names, reduce([self.sums.get(name, 0.0) for name in names]), strict=True))
+        ledger, self.sums = self.ledger, {}
+        ledger.add_seconds(self.stage, seconds)
+        ledger.flops += int(s["flops"])
+        ledger.tokens += int(s["tokens"])
+        ledger.external_tokens += int(s["external_tokens"])
+        ledger.joint_tokens += int(s["tokens"]) if self.stage == "joint" else 0
+        return {
+            "loss": s["loss"] / s["steps"],
+            "mlm_loss": s["mlm"] / s["masked"] if s["masked"] else None,
+            "task_loss": s["task"] / s["texts"] if s["texts"] else None,
+            "tokens": ledger.tokens,
+            "flops": ledger.flops,
+            "seconds": round(sum(ledger.seconds.values()), 3),
+            "tokens_per_second": round(s["tokens"] / seconds, 1),
+            "mfu": round(s["flops"] / seconds / self.peak_flops, 4),
+        }
+
+
 def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

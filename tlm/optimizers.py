@@ -7,6 +7,7 @@ shape are orthogonalised as one batch: on a CPU many small products cost more th
 
 import torch
 from torch import nn
+from torch.optim._functional import adamw
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steepest at zero, so that five steps are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -63,7 +64,7 @@ def adamw_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None
     for p in parameters:
         if "exp_avg" not in state[p]:
             state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    torch.optim.adamw.adamw(
+    adamw(
         parameters,
         [p.grad for p in parameters],
         *([state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")),
@@ -110,15 +111,11 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
     return [g for g in groups if g["params"]]
 
 
-def muon_flops(model: nn.Module, steps: int = 5) -> int:
-    """FLOPs of one orthogonalisation of all matrices: two products with the smaller Gram matrix, one with the matrix."""
-    total = 0
-    for name, p in model.named_parameters():
-        if ".layers." in name and p.ndim == 2:
-            pieces = PIECES.get(name.split(".")[-2], 1)
-            small, large = sorted((p.shape[0] // pieces, p.shape[1]))
-            total += pieces * steps * (4 * small * small * large + 2 * small**3)
-    return total
+def muon_flops(hidden: int, intermediate: int, layers: int, steps: int = 5) -> int:
+    """FLOPs of one orthogonalisation of all layers' matrices, the products with and of their smaller Gram matrix."""
+    squares, thin = 3 + 1, 2 + 1  # q, k, v, o; gate, value, out
+    small, large = sorted((hidden, intermediate))
+    return layers * steps * (squares * 6 * hidden**3 + thin * (4 * small * small * large + 2 * small**3))
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

@@ -1,0 +1,167 @@
+"""The command line: `tlm VERB [config.yaml ...] [key=value ...]`. Each verb is a few lines; nothing heavy is imported
+before it is needed, so that `--help` answers at once."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tasks.errors import InputError
+from tlm import __version__, config as configs
+
+
+@dataclass(frozen=True)
+class Verb:
+    does: str
+    takes: str  # what stands between the verb and its keys
+    config: type
+    run: Callable
+
+
+def demo(config: configs.DemoConfig, names: list[str]) -> int:
+    from tlm.demo import demo
+
+    return demo(config)
+
+
+def retrieve(config: configs.RetrieveConfig, names: list[str]) -> int:
+    from tlm.retrieve import retrieve
+
+    return retrieve(config)
+
+
+def train(config: configs.TrainConfig, names: list[str]) -> int:
+    from tlm.arms import run
+    from tlm.report import print_summary
+
+    print_summary(run(config))
+    return 0
+
+
+def evaluate(config: configs.EvalConfig, names: list[str]) -> int:
+    from tlm.predict import evaluate_runs
+
+    return evaluate_runs(names, config)
+
+
+def predict(config: configs.PredictConfig, names: list[str]) -> int:
+    from tlm.predict import predict_file
+
+    return predict_file(names[0], names[1] if len(names) > 1 else "-", config)
+
+
+def export(config: configs.ExportConfig, names: list[str]) -> int:
+    from tlm.export import export_run
+
+    return export_run(names[0], config.out)
+
+
+def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
+    from tlm.doctor import doctor
+
+    return doctor(as_json=config.json)
+
+
+VERBS = {
+    "demo": Verb("the main job on embedded data: four arms, a table and a report", "", configs.DemoConfig, demo),
+    "retrieve": Verb("select the general text that helps a task", "", configs.RetrieveConfig, retrieve),
+    "train": Verb("one run: retrieve, joint stage, finetune stage, test once", "", configs.TrainConfig, train),
+    "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
+    "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
+    "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
+    "doctor": Verb("what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor),
+}
+REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",)}
+POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return dispatch([a for a in arguments if not a.startswith("--local_rank")])
+    except InputError as error:
+        print(f"tlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tlm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `tlm predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"tlm {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
+        raise InputError(f"{name}: no such verb; {hint}")
+    verb = VERBS[name]
+    if "-h" in rest or "--help" in rest:
+        print(help_of(name, verb))
+        return 0
+    dry_run = "--dry-run" in rest
+    rest = [a for a in rest if a != "--dry-run"]
+    if unknown := next((a for a in rest if a.startswith("--")), None):
+        raise InputError(f"{unknown}: no such option; keys are given as key=value, and `tlm {name} --help` lists them")
+    names, settings = split_arguments(name, rest)
+    config = configs.validate(configs.load(verb.config, settings))
+    for key in REQUIRED.get(name, ()):
+        if not getattr(config, key):
+            raise InputError(f"{key}=: missing; `tlm {name} {key}=...` needs it (see `tlm {name} --help`)")
+    if dry_run:
+        if name != "train":
+            raise InputError(f"--dry-run: `tlm {name}` has no dry run; `tlm train` has")
+        from tlm.plan import show
+
+        show(config)
+        return 0
+    return verb.run(config, names)
+
+
+def split_arguments(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(names of runs and files, YAML files and key=value settings)."""
+    is_setting = [("=" in a and not os.path.exists(a)) or a.endswith((".yaml", ".yml")) for a in arguments]
+    names = [a for a, setting in zip(arguments, is_setting, strict=True) if not setting]
+    least, most = POSITIONAL.get(verb, (0, 0))
+    if not least <= len(names) <= most:
+        extra = names[most] if len(names) > most else None
+        raise InputError(
+            f"{extra}: not key=value and not a .yaml file" if extra else f"tlm {verb}: say which run, as in `tlm {verb} runs/NAME`"
+        )
+    return names, [a for a, setting in zip(arguments, is_setting, strict=True) if setting]
+
+
+def overview() -> str:
+    width = max(len(f"{name} {verb.takes}") for name, verb in VERBS.items())
+    rows = [f"  {f'{name} {verb.takes}':<{width}}  {verb.does}" for name, verb in VERBS.items()]
+    return "\n".join([
+        "tlm: strong task models from scratch, without large-scale pretraining",
+        "",
+        "usage: tlm VERB [config.yaml ...] [key=value ...]",
+        "",
+        *rows,
+        "",
+        "`tlm VERB --help` lists a verb's keys; `tlm train --dry-run ...` shows what would run; `tlm --version`.",
+    ])  # fmt: skip
+
+
+def help_of(name: str, verb: Verb) -> str:
+    rows = [(key, kind, "" if default in (None, "") else str(default), text) for key, kind, default, text in configs.help_rows(verb.config)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = [f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {default:<{widths[2]}}  {text}" for key, kind, default, text in rows]
+    usage = " ".join(["usage: tlm", name, *([verb.takes] if verb.takes else []), "[config.yaml ...] [key=value ...]"])
+    return "\n".join([f"tlm {name}: {verb.does}", "", usage, "", "keys (type, default):", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""`--dry-run`: what a configuration would do, before anything is written.
+
+Sizes are those of the data as it lies there; lengths in tokens are estimated from words (1.4 tokens a word, as measured
+on English with 8,192 word pieces), and time from the machine's matrix products at half their measured peak.
+"""
+
+import os
+
+import numpy as np
+
+from tasks.files import expand
+from tlm.config import TrainConfig
+from tlm.ledger import paper_flops
+from tlm.model import ModelShape, forward_flops
+from tlm.optimizers import muon_flops
+from tlm.prepare import arm_of, open_task
+
+TOKENS_PER_WORD = 1.4
+EXPECTED_MFU = 0.5
+
+
+def plan(config: TrainConfig) -> dict:
+    """Everything that `--dry-run` prints beside the configuration."""
+    task = open_task(config.task, config.data)
+    lengths = {
+        split: np.minimum([1.4 * (text.count(" ") + 1) + 2 for text in task.texts(split)], config.model.max_length)
+        for split in task.splits
+    }
+    found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}
+    found |= {split: f"{len(examples)} texts, about {lengths[split].mean():.0f} tokens each" for split, examples in task.splits.items()}
+    if config.corpus:
+        files = expand(config.corpus)
+        local = [f for f in files if os.path.exists(f)]
+        size = f", {sum(map(os.path.getsize, local)) / 1e6:,.1f} MB" if len(local) == len(files) else ""
+        found["corpus"] = f"{len(files)} files{size}"
+    result = {"arm": arm_of(config), "data": found}
+    if result["arm"] == "tfidf":
+        return result
+
+    model = config.model
+    shape = ModelShape(
+        config.tokenizer.vocabulary, model.hidden, model.layers, model.heads, model.intermediate, model.max_length, len(task.labels)
+    )
+    inside = model.layers * (4 * model.hidden**2 + 3 * model.hidden * model.intermediate)
+    parameters = inside + shape.vocabulary * (model.hidden + 1) + 2 * model.hidden**2
+    flops, tokens = {}, {}
+    for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
+        length = model.max_length if config.corpus and name == "joint" else int(lengths["train"].mean())
+        texts = stage.batch or max(1, round(stage.batch_tokens / length))
+        rho1 = config.joint.external_per_task if config.corpus else 0
+        masked = texts * length * config.joint.mask_rate if name == "joint" else 0
+        classified = texts / (rho1 + 1) if name == "joint" else texts
+        once = 3 * forward_flops(shape, [length] * texts, round(masked), round(classified))
+        optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
+        flops[name] = stage.steps * (stage.accumulation * once + optimizer)
+        tokens[name] = stage.steps * stage.accumulation * texts * length
+    from tlm.doctor import matmul_gflops
+
+    speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())
+    return result | {
+        "model": {"parameters": parameters, "parameters_without_embeddings": parameters - shape.vocabulary * model.hidden},
+        "tokens": tokens,
+        "flops": flops | {"paper": paper_flops(parameters, tokens["joint"])},
+        "estimated_minutes": {name: round(value / speed / 60, 1) for name, value in flops.items()},
+    }
+
+
+def show(config: TrainConfig) -> None:
+    """Print the resolved configuration and the plan as one YAML document."""
+    import json
+
+    from omegaconf import OmegaConf
+
+    planned = plan(config)
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    print("plan:")
+    print(OmegaConf.to_yaml(OmegaConf.create({"plan": json.loads(json.dumps(planned))})).split("\n", 1)[1], end="")
+
+

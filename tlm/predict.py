@@ -1,0 +1,117 @@
+"""Using finished runs: scores on a split, labels and probabilities for new texts."""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tasks.columns import guess_text_column
+from tasks.errors import InputError
+from tasks.files import read_records
+from tlm.config import EvalConfig, PredictConfig
+from tlm.run import read_json
+
+TEXTS_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What a finished run can do: texts -> probabilities float64[n, labels]."""
+
+    folder: Path
+    labels: tuple[str, ...]
+    probabilities: "callable"
+
+
+def open_run(folder: str | Path, threads: int = 0) -> Predictor:
+    """A finished run's model, neural or classical. Raises InputError if there is none, or it is damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run; name the folder of a finished run, such as runs/NAME")
+    if not (folder / "summary.json").exists():
+        raise InputError(f"{folder}: holds no finished run (no summary.json); finish it by the command that began it")
+    summary = read_json(folder / "summary.json")
+    if "arms" in summary:
+        raise InputError(f"{folder}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
+    labels = tuple(summary["labels"])
+    if summary["arm"] == "tfidf":
+        from tlm.tfidf import load
+
+        return Predictor(folder, labels, load(folder / "model").probabilities)
+    return Predictor(folder, labels, neural(folder / "model", threads))
+
+
+def neural(folder: Path, threads: int):
+    import torch
+
+    from tlm.evaluate import probabilities
+    from tlm.model import load_model
+    from tlm.objectives import Source
+    from tlm.tokenizer import Encoder, load_tokenizer
+    from tlm.tokens import TokenStore, heads
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    model, encoder = load_model(folder), Encoder(load_tokenizer(folder / "tokenizer.json"))
+
+    def of_texts(texts: list[str]) -> np.ndarray:
+        ids, lengths = encoder(texts)
+        store = TokenStore(folder, ids, np.concatenate([[0], np.cumsum(lengths)]), {})
+        passages, _ = heads(store, model.shape.max_length)
+        return probabilities(model, Source(passages.sequence, passages.lengths))
+
+    return of_texts
+
+
+def predict_file(run: str, file: str, config: PredictConfig) -> int:
+    """A JSON line for each text of `file` (or a line each of standard input): label and probabilities."""
+    predictor = open_run(run, config.threads)
+    texts = standard_input() if file == "-" else texts_of(file, config.text_column)
+    while batch := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
+        rows = predictor.probabilities([text for _, text in batch])
+        for (name, _), row in zip(batch, rows, strict=True):
+            shares = {label: round(float(p), 6) for label, p in zip(predictor.labels, row, strict=True)}
+            print(json.dumps({"id": name, "label": predictor.labels[int(row.argmax())], "probabilities": shares}))
+    sys.stdout.flush()
+    return 0
+
+
+def standard_input() -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"-: line {number} is not UTF-8 (byte {error.start}); convert the text first") from None
+        if text:
+            yield str(number), text
+
+
+def texts_of(path: str, column: str | None) -> Iterator[tuple[str, str]]:
+    for number, record in read_records(path):
+        column = column or guess_text_column(record, path)
+        if column not in record:
+            raise InputError(f"{path}:{number}: no column {column}; it has {', '.join(record)} (text_column=NAME says which)")
+        yield str(record.get("id", number)), str(record[column])
+
+
+def evaluate_runs(names: list[str], config: EvalConfig) -> int:
+    """Prints a JSON line of scores for each run, on its own task or on another with the same labels."""
+    from tlm import config as configs
+    from tlm.config import TrainConfig
+    from tlm.evaluate import scores
+    from tlm.prepare import open_task
+
+    for name in names:
+        predictor = open_run(name)
+        trained = configs.load(TrainConfig, [str(predictor.folder / "config.yaml")])
+        task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
+        if task.labels != predictor.labels:
+            raise InputError(
+                f"{task.source}: its labels ({', '.join(task.labels)}) are not those of {name} ({', '.join(predictor.labels)})"
+            )
+        result = scores(predictor.probabilities(task.texts(config.split)), np.array(task.targets(config.split)))
+        print(json.dumps({"run": str(predictor.folder), "task": task.name, "split": config.split, **result}))
+    return 0

@@ -1,0 +1,227 @@
+"""From a configuration to everything that training needs: task, selection, tokenizer, tokens, start of the embeddings.
+
+All of it is cached by the hash of what made it, so that seeds, arms and restarts share it. The ledger is charged what a
+cached thing cost when it was made: a run's cost does not depend on which run came first.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from retrieval import corpus as corpora
+from retrieval import select
+from retrieval.corpus import Corpus
+from retrieval.select import Selection
+from tasks.readers import read_task
+from tasks.types import Task
+from tlm import warmstart
+from tlm.config import DataConfig, ModelConfig, TrainConfig
+from tlm.engine import World
+from tlm.ledger import Ledger
+from tlm.model import ModelShape
+from tlm.objectives import Source
+from tlm.progress import Progress
+from tlm.run import read_json, write_json
+from tlm.tokenizer import Encoder, cached_tokenizer, tokenizer_hash
+from tlm.tokens import TokenStore, cached_tokens, heads, windows
+
+
+@dataclass
+class Prepared:
+    task: Task
+    tokenizer: Tokenizer
+    max_length: int
+    external: Source | None  # passages of the selection; None without a corpus
+    embeddings: np.ndarray | None  # float32[vocabulary, hidden]; None for a random start
+    selection: Selection | None
+    arm: str
+    inputs: list[dict]
+    data: dict
+    sources: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def source(self, split: str) -> Source:
+        """A split of the task, tokenized when it is first asked for: test after the last step."""
+        if split not in self.sources:
+            self.sources[split] = task_source(self.task, split, self.tokenizer, self.max_length)[0]
+        return self.sources[split]
+
+    def shape(self, model: ModelConfig) -> ModelShape:
+        return ModelShape(
+            vocabulary=self.vocabulary,
+            hidden=model.hidden,
+            layers=model.layers,
+            heads=model.heads,
+            intermediate=model.intermediate,
+            max_length=model.max_length,
+            num_labels=len(self.task.labels),
+            pooling=model.pooling,
+        )
+
+
+def open_task(spec: str, data: DataConfig) -> Task:
+    return read_task(
+        spec,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        metric=data.metric,
+        train_limit=data.train_limit,
+        per_label=data.per_label,
+        keep_duplicates=data.keep_duplicates,
+        seed=data.seed,
+    )
+
+
+def arm_of(config: TrainConfig) -> str:
+    """The name of the method that a configuration stands for, as comparisons call it."""
+    if config.model.size == "tfidf":
+        return "tfidf"
+    if not config.corpus:
+        return "scratch"
+    return "tlm" if config.retrieval.selector == "bm25" else config.retrieval.selector
+
+
+def prepare(config: TrainConfig, ledger: Ledger, progress: Progress, world: World) -> Prepared:
+    """The first process makes what is not cached yet; the others find it there."""
+    if world.rank > 0:
+        world.barrier()
+    prepared = make(config, ledger, progress)
+    if world.rank == 0:
+        world.barrier()
+    return prepared
+
+
+def make(config: TrainConfig, ledger: Ledger, progress: Progress) -> Prepared:
+    cache = Path(config.cache).expanduser()
+    task = open_task(config.task, config.data)
+    inputs, selection, corpus = [dict(i) for i in task.inputs], None, None
+    if config.corpus:
+        corpus = open_corpus(config.corpus, cache, ledger, progress)
+        inputs.append({"path": config.corpus, "rows": len(corpus), "sha256": corpus.fingerprint})
+        with progress.phase("retrieval"):
+            selection = retrieve(task, corpus, config, cache, progress)
+        ledger.add_seconds("retrieval", sum(selection.manifest["seconds"].values()))
+
+    texts_key = f"{task.fingerprint}/{selection.fingerprint if selection else None}"
+    own_texts = task.texts("train")
+    with progress.phase("tokenizing"):
+        tokenizer = charged(
+            ledger, "tokenizing", cache, f"tokenizer/{config.tokenizer.vocabulary}/{texts_key}",
+            lambda: cached_tokenizer(
+                cache, texts_key, itertools.chain(own_texts, selection.texts() if selection else []), config.tokenizer.vocabulary
+            ),
+        )  # fmt: skip
+        tokens = None
+        if selection:
+            key = f"selection/{selection.fingerprint}"
+            tokens = charged(
+                ledger, "tokenizing", cache, f"{key}/{tokenizer_hash(tokenizer)}",
+                lambda: cached_tokens(cache, key, selection.texts(), tokenizer, progress.update),
+            )  # fmt: skip
+    train, cut = task_source(task, "train", tokenizer, config.model.max_length)
+    external = None
+    if tokens:
+        passages = windows(tokens, config.model.max_length)
+        external = Source(passages.sequence, passages.lengths)
+
+    embeddings = None
+    if config.init.method == "cooccurrence":
+        with progress.phase("warm start"):
+            embeddings = warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress)
+    data = {
+        "train_examples": len(own_texts),
+        "train_texts_cut": cut,
+        "report": task.report,
+        "external_documents": len(selection.rows) if selection else 0,
+        "external_tokens": int(tokens.manifest["tokens"]) if tokens else 0,
+        "external_passages": len(external) if external else 0,
+    }
+    return Prepared(
+        task, tokenizer, config.model.max_length, external, embeddings, selection, arm_of(config), inputs, data, {"train": train}
+    )
+
+
+def open_corpus(spec: str, cache: Path, ledger: Ledger, progress: Progress) -> Corpus:
+    with progress.phase("corpus"), ledger.phase("corpus"):
+        return corpora.open_corpus(spec, cache, lambda done, total, what: progress.update(done, total, what))
+
+
+def retrieve(task: Task, corpus: Corpus, config: Any, cache: Path, progress: Progress) -> Selection:
+    """The selection that `retrieval.*` asks for. A random one is as large as the one by BM25 would be."""
+    options = config.retrieval
+    settings = dict(
+        cache=cache, engine=options.engine, analyzer=options.analyzer, scoring=options.scoring, k1=options.k1, b=options.b,
+        k=options.k, max_documents=options.max_documents, max_words=options.max_words, query_terms=options.query_terms,
+        threads=config.threads, progress=lambda done, total, what: progress.update(done, total, what),
+    )  # fmt: skip
+    best = select.select(task, corpus, selector="bm25", **settings)
+    if options.selector == "bm25":
+        return best
+    return select.select(task, corpus, selector="random", like=best, seed=config.seed, **settings)
+
+
+def task_source(task: Task, split: str, tokenizer: Tokenizer, max_length: int) -> tuple[Source, int]:
+    """A split as a source, and how many of its texts were cut to `max_length`."""
+    ids, lengths = Encoder(tokenizer)(task.texts(split))
+    store = TokenStore(Path(), ids, np.concatenate([[0], np.cumsum(lengths)]), {})
+    passages, cut = heads(store, max_length)
+    return Source(passages.sequence, passages.lengths, np.array(task.targets(split), dtype=np.int64)), cut
+
+
+def warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress) -> np.ndarray:
+    """float32[vocabulary, hidden] from co-occurrence counts of the training texts and the selection or the corpus."""
+    of_corpus = corpus is not None and config.init.source == "corpus"
+    key = (
+        f"{tokenizer_hash(tokenizer)}/{task.fingerprint}/{selection.fingerprint if selection else None}/"
+        f"{(corpus.fingerprint, config.init.max_words) if of_corpus else None}"
+    )
+
+    def start() -> np.ndarray:
+        ids, lengths = Encoder(tokenizer)(task.texts("train"))
+        stores = [(ids, np.concatenate([[0], np.cumsum(lengths)]))]
+        if of_corpus:
+            texts = sample(corpus, selection, config.init.max_words)
+            store = cached_tokens(cache, f"counted/{key}", texts, tokenizer, progress.update)
+            stores.append((store.tokens, store.offsets))
+        elif tokens is not None:
+            stores.append((tokens.tokens, tokens.offsets))
+        return warmstart.cached_embeddings(cache, key, stores, tokenizer.get_vocab_size(), config.model.hidden)
+
+    return charged(ledger, "warm_start", cache, f"warm/{key}/{config.model.hidden}", start)
+
+
+def sample(corpus: Corpus, selection: Selection, max_words: int) -> Iterator[str]:
+    """The selection's texts, then others of the corpus in a fixed random order, leaks left out, up to `max_words`."""
+    selected = set(selection.rows.tolist())
+    left_out = selected | set(selection.leaks.tolist())
+    others = np.random.default_rng(0).permutation(len(corpus)).tolist()
+    words = 0
+    for row in itertools.chain(sorted(selected), (r for r in others if r not in left_out)):
+        text = corpus[row].text
+        words += text.count(" ") + 1
+        yield text
+        if words >= max_words:
+            return
+
+
+def charged(ledger: Ledger, phase: str, cache: Path, key: str, work: Callable[[], Any]) -> Any:
+    """The result of `work`, which may lie in the cache; `phase` is charged the seconds that making it took."""
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    record = cache / f"cost-{name}.json"
+    start = time.perf_counter()
+    result = work()
+    if not record.exists():
+        write_json(record, {"phase": phase, "seconds": time.perf_counter() - start})
+    ledger.add_seconds(phase, read_json(record)["seconds"])
+    return result

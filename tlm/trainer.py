@@ -1,0 +1,315 @@
+"""The loop, in two stages: joint (task and masked LM on the selection), then the task alone.
+
+`train` reads top to bottom: prepare, joint stage, finetune stage, test once. Everything that decides the future is in a
+checkpoint (weights, optimizer, step, ledger, best score so far) or a pure function of (seed, step): a run that was
+killed and is started again ends with the same weights and losses, to the bit.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tasks.errors import InputError
+from tlm import engine as engines
+from tlm import evaluate
+from tlm.config import StageConfig, TrainConfig
+from tlm.engine import World
+from tlm.ledger import Ledger, Meter
+from tlm.mixture import EXTERNAL, TASK, Mixture
+from tlm.model import Transformer, forward_flops, load_model, save_model
+from tlm.objectives import Losses, Masking, Objective, Source, Weighted
+from tlm.optimizers import muon_flops, schedule
+from tlm.prepare import Prepared, prepare
+from tlm.progress import Progress
+from tlm.run import Run, read_json, write_json, write_text
+from tlm.tokenizer import MASK, SPECIALS, save_tokenizer
+
+LOG_EVERY = 10  # steps; checkpoints fall on multiples of it, so that no half-filled mean has to be saved
+
+
+@dataclass
+class Stage:
+    """What one stage needs, and where it stands."""
+
+    name: str
+    config: StageConfig
+    objective: Objective
+    mixture: Mixture
+    step: int = 0
+    best: dict = field(default_factory=dict)  # dev scores of the best weights so far
+    scores_since_best: int = 0
+
+    @property
+    def keeps_best(self) -> bool:
+        """The stage whose best weights are the run's result."""
+        return self.name == "finetune"
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> dict:
+    """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    world = engines.launch(engines.say_on_stderr)
+    progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
+    run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
+    if run.summary_path.exists():
+        progress.say(f"{run.folder} is finished; its summary follows")
+        return read_json(run.summary_path)
+
+    ledger = Ledger()
+    prepared = prepare(config, ledger, progress, world)
+    run.inputs(prepared.inputs)
+    meter = Meter(ledger, matmul_flops_per_second())
+    model = new_model(config, prepared)
+    joint, finetune = stages(config, prepared, world)
+    tag = engines.latest(run.checkpoints)
+
+    for stage in (joint, finetune):
+        if tag and tag.startswith("finetune") and stage is joint:
+            continue  # the checkpoint lies beyond it
+        if stage is finetune:
+            fresh_start(model, config)
+        engine = engines.initialize(Losses(model), stage.config, config.optimizer, config.precision, config.deepspeed)
+        if tag and tag.startswith(stage.name):
+            resume(engine, run, stage, meter, tag, progress)
+        elif stage is finetune:
+            checkpoint(engine, run, stage, meter, world)
+        with progress.phase(stage.name, stage.config.steps):
+            run_stage(stage, engine, model, run, meter, prepared, world, progress, config.checkpoint_seconds)
+        engine.destroy()
+    return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
+
+
+def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage, Stage]:
+    """Both stages at their first step."""
+    task, external = prepared.source("train"), prepared.external
+    seed, rho1 = 2 * config.seed, config.joint.external_per_task if external else 0
+    masking = Masking(config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed)
+    sources = {TASK: task} | ({EXTERNAL: external} if external else {})
+    joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
+    finetune = Objective({TASK: task}, 0.0, None)
+    return (
+        Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
+        Stage("finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)),
+    )
+
+
+def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1: int, world: World) -> Mixture:
+    """Micro-batches of `stage.batch` texts, or of as many as hold about `stage.batch_tokens` tokens."""
+    sizes = {source: len(examples) for source, examples in objective.sources.items()}
+    batch = {
+        source: stage.batch or max(1, round(stage.batch_tokens / examples.lengths.mean()))
+        for source, examples in objective.sources.items()
+    }
+    if min(batch.values()) < world.size:
+        raise InputError(
+            f"{name}.batch: a micro-batch of {min(batch.values())} texts is less than one for each of the {world.size} "
+            f"processes; set {name}.batch={world.size} or more"
+        )
+    return Mixture(seed, sizes, batch, rho1, stage.accumulation)
+
+
+def new_model(config: TrainConfig, prepared: Prepared) -> Transformer:
+    """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`."""
+    model = Transformer(prepared.shape(config.model), torch.Generator().manual_seed(config.seed))
+    if prepared.embeddings is not None:
+        with torch.no_grad():
+            model.model.embeddings.tok_embeddings.weight.copy_(torch.from_numpy(prepared.embeddings))
+    set_dropout(model, config.model.dropout)
+    return model
+
+
+def fresh_start(model: Transformer, config: TrainConfig) -> None:
+    """What changes between the stages: the head (the paper starts it anew) and dropout."""
+    if config.finetune.head == "fresh":
+        model.reset_head(model.shape.num_labels, torch.Generator().manual_seed(config.seed + 1))
+    set_dropout(model, config.finetune.dropout)
+
+
+def set_dropout(model: Transformer, rate: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+
+
+def run_stage(
+    stage: Stage,
+    engine,
+    model: Transformer,
+    run: Run,
+    meter: Meter,
+    prepared: Prepared,
+    world: World,
+    progress: Progress,
+    checkpoint_seconds: int,
+) -> None:
+    """From `stage.step` to the end of the stage, or until dev scores stop rising."""
+    settings, board = stage.config, tensorboard(run, stage)
+    shape = model.shape
+    by_muon = any(group["muon"] for group in engine.optimizer.param_groups)
+    optimizer_flops = muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
+    saved = time.perf_counter()
+    meter.begin(stage.name)
+    model.train()
+    while stage.step < settings.steps and not exhausted(stage):
+        rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
+        engines.set_rates(engine, settings, rate)
+        torch.manual_seed(stage.mixture.seed * 2**40 + stage.step * 2**10 + world.rank)  # dropout
+        for micro in stage.objective.step(stage.mixture.draw(stage.step), world.rank, world.size):
+            mlm_sum, task_sum = engine(micro.batch, micro.mlm > 0, micro.task > 0)
+            loss = sum(w * s for w, s in ((micro.mlm, mlm_sum), (micro.task, task_sum)) if s is not None)
+            engine.backward(loss * world.size, scale_wrt_gas=False)  # DeepSpeed averages over processes; our weights sum
+            if engine.is_gradient_accumulation_boundary():
+                norm = engines.gradient_norm(engine)
+            engine.step()
+            meter.add(loss=loss.item(), **counts(micro, mlm_sum, task_sum, model))
+        meter.add(steps=1 / world.size, flops=optimizer_flops)
+        stage.step += 1
+
+        if stage.step % LOG_EVERY == 0 or stage.step == settings.steps:
+            values = meter.read(world.sum) | {"lr": rate * settings.lr, "grad_norm": norm}
+            run.record(stage=stage.name, step=stage.step, kind="train", **values)
+            write_board(board, values, stage.step)
+            progress.update(stage.step, settings.steps, describe(values, stage, prepared.task.metric))
+            if not math.isfinite(values["loss"]):
+                raise InputError(
+                    f"{run.folder}: the loss is no longer a number at {stage.name} step {stage.step}; lower "
+                    f"{stage.name}.lr or {stage.name}.matrix_lr and choose another run=NAME"
+                )
+        if settings.eval_every and (stage.step % settings.eval_every == 0 or stage.step == settings.steps):
+            with meter.ledger.phase("evaluation"):
+                score_dev(stage, model, run, prepared, world, board)
+            meter.begin(stage.name)
+        if stage.step % LOG_EVERY == 0 and world.agrees(time.perf_counter() - saved > checkpoint_seconds):
+            checkpoint(engine, run, stage, meter, world)
+            saved = time.perf_counter()
+            meter.begin(stage.name)
+    if board:
+        board.close()
+
+
+def exhausted(stage: Stage) -> bool:
+    """Early stopping, in the stage whose best weights are kept."""
+    return stage.keeps_best and 0 < stage.config.patience <= stage.scores_since_best
+
+
+def counts(micro: Weighted, mlm_sum, task_sum, model: Transformer) -> dict[str, float]:
+    """What a micro-batch adds to the meter; FLOPs three times those of the forward pass."""
+    batch = micro.batch
+    tokens = sum(batch.lengths)
+    masked = len(batch.masked) if mlm_sum is not None else 0
+    texts = len(batch) if task_sum is not None else 0
+    return {
+        "tokens": tokens,
+        "external_tokens": tokens if micro.source == EXTERNAL else 0,
+        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, texts),
+        "mlm": mlm_sum.item() if masked else 0.0,
+        "masked": masked,
+        "task": task_sum.item() if texts else 0.0,
+        "texts": texts,
+    }
+
+
+def score_dev(stage: Stage, model: Transformer, run: Run, prepared: Prepared, world: World, board) -> None:
+    """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
+    dev = prepared.source("dev")
+    scores = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels)
+    run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
+    write_board(board, {f"dev_{name}": value for name, value in scores.items()}, stage.step)
+    metric = prepared.task.metric
+    stage.scores_since_best += 1
+    if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
+        stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
+        if stage.keeps_best and world.rank == 0:
+            save_model(model, run.checkpoints / "best")
+
+
+def checkpoint(engine, run: Run, stage: Stage, meter: Meter, world: World) -> None:
+    with meter.ledger.phase("checkpoints"):
+        state = {
+            "step": stage.step,
+            "best": stage.best,
+            "scores_since_best": stage.scores_since_best,
+            "ledger": meter.ledger.state(),
+            "metrics_bytes": run.metrics_bytes(),
+        }
+        engines.save(engine, run.checkpoints, f"{stage.name}-{stage.step:06d}", state, world)
+
+
+def resume(engine, run: Run, stage: Stage, meter: Meter, tag: str, progress: Progress) -> None:
+    state = engines.load(engine, run.checkpoints, tag)
+    stage.step, stage.best, stage.scores_since_best = state["step"], state["best"], state["scores_since_best"]
+    meter.ledger = Ledger(**state["ledger"])
+    run.cut_metrics(state["metrics_bytes"])
+    progress.say(f"going on from checkpoint {tag} of {run.folder}")
+
+
+def finish(config, run, model, finetune, ledger, prepared, progress, world) -> dict:
+    """Test once, by the best dev weights; then write predictions, the model and, last, the summary."""
+    task = prepared.task
+    if finetune.best:
+        model = load_model(run.checkpoints / "best")
+    with progress.phase("test"), ledger.phase("test"):
+        probabilities = evaluate.probabilities(model, prepared.source("test"), world)
+        if not finetune.best:  # no stage two, or no dev scores in it: the last weights count
+            dev = prepared.source("dev")
+            finetune.best = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels) | {"step": finetune.step}
+    summary = {
+        "name": run.folder.name,
+        "task": task.name,
+        "metric": task.metric,
+        "labels": list(task.labels),
+        "arm": prepared.arm,
+        "seed": config.seed,
+        "dev": finetune.best,
+        "test": evaluate.test_scores(task, probabilities),
+        "model": describe_model(model),
+        "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
+        "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest} if prepared.selection else None,
+        "cost": ledger.cost(sum(p.numel() for p in model.parameters())),
+        "config_sha256": run.config_sha256,
+    }
+    if world.rank == 0:
+        write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
+        save_model(model, run.folder / "model", labels=task.labels)
+        save_tokenizer(prepared.tokenizer, run.folder / "model" / "tokenizer.json")
+        write_json(run.summary_path, summary)
+    return summary
+
+
+def describe_model(model: Transformer) -> dict:
+    parameters = sum(p.numel() for p in model.parameters())
+    embeddings = model.model.embeddings.tok_embeddings.weight.numel()
+    shape = {name: getattr(model.shape, name) for name in ("hidden", "layers", "heads", "intermediate", "max_length")}
+    return {"parameters": parameters, "parameters_without_embeddings": parameters - embeddings, **shape}
+
+
+def describe(values: dict, stage: Stage, metric: str) -> str:
+    """The line beside the progress bar."""
+    parts = [f"{name} {values[key]:.3f}" for name, key in (("mlm", "mlm_loss"), ("task", "task_loss")) if values[key] is not None]
+    parts += [f"dev {stage.best[metric]:.3f}"] if stage.best else []
+    return " ".join([*parts, f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"])
+
+
+def tensorboard(run: Run, stage: Stage):
+    """A TensorBoard writer that hides what a kill left behind the step it goes on from; None where others write."""
+    if not run.writes:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.folder / "tensorboard" / stage.name), purge_step=stage.step + 1)
+
+
+def write_board(board, values: dict, step: int) -> None:
+    if board:
+        for name, value in values.items():
+            if value is not None:
+                board.add_scalar(name, value, step)
+
+
+def matmul_flops_per_second() -> float:
+    from tlm.doctor import matmul_gflops
+
+    return 1e9 * matmul_gflops(torch.get_num_threads())

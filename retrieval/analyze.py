@@ -1,7 +1,7 @@
 """Text to terms. An analyzer has a name and a hash, which an index keeps: other terms, other index.
 
 Terms are runs of letters and digits of the lower-cased text, in any script, so that no language is lost; there is no
-stemming. `english` leaves out Lucene's 33 stop words, which hold a third of the postings and decide no ranking.
+stemming. `english` leaves out Lucene's 33 stop words: 29% of running English, in the longest lists of postings.
 """
 
 import hashlib

@@ -108,7 +108,7 @@ def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Cor
     if "://" not in spec and folders.holds(Path(spec).expanduser(), KIND):
         return Corpus(Path(spec).expanduser())
     paths = files.expand(spec)
-    key = folders.key(files=[(path, _state(path)) for path in paths], version=VERSION)
+    key = folders.key(files=[_state(path) for path in paths], version=VERSION)
     return build_corpus(read_documents(paths), Path(cache) / "corpora" / key, paths, progress)
 
 
@@ -126,8 +126,7 @@ def read_documents(paths: list[str]) -> Iterator[Document]:
                 text_column = _first(names, TEXT_COLUMNS) or (next(iter(record)) if len(record) == 1 else None)
                 if text_column is None:
                     raise InputError(f"{path}: no text column among {', '.join(record)}; call the text's column 'text'")
-            text = record.get(text_column, "" if text_column in record else 0)
-            text = "" if text is None else text
+            text = "" if text_column in record and record[text_column] is None else record.get(text_column)
             if not isinstance(text, str):
                 raise InputError(f"{path}, line {number}: no text in column {text_column!r}; give each record one")
             id, source = record.get(id_column), record.get(source_column)
@@ -140,14 +139,14 @@ def _first(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
 
 
 def _state(path: str) -> str:
-    """What changes when the file does."""
+    """The full path and what changes when the file does: size and time, or whatever a remote system tells (etag)."""
     if "://" not in path:
         state = os.stat(os.path.expanduser(path))
         return f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
     from fsspec.core import url_to_fs
 
     system, inner = url_to_fs(path)
-    return system.ukey(inner)
+    return f"{path} {system.info(inner)}"
 
 
 def _write(documents: Iterable[Document], folder: Path, inputs: list[str], progress: Progress | None) -> dict:

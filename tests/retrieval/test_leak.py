@@ -99,7 +99,8 @@ def test_runs_with_the_same_hash_are_told_apart(monkeypatch, tmp_path):
     monkeypatch.setattr(leak, "_scan", leak._scan.py_func)
     texts = [" ".join(TOKENS[:20]), " ".join(TOKENS[10:18]), " ".join(TOKENS[20:30])]
     documents = [" ".join(TOKENS[i : i + n]) for n in (7, 8, 10, 13) for i in range(len(TOKENS) - n + 1)]
-    assert check([*documents, " ".join(TOKENS[::-1])], texts, tmp_path)
+    others = [" ".join(TOKENS[::-1]), "t10 t11 t12 t13 t14 t15 t16 t177", "t10 t11 t12 t13 t14 t15 t16 t1"]
+    assert check([*documents, *others], texts, tmp_path)
 
 
 def test_found_once_for_the_same_texts(tmp_path):

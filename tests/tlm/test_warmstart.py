@@ -8,7 +8,7 @@ from conftest import THEMES, themed_text
 
 from tlm import warmstart
 from tlm.tokenizer import MASK, Encoder, train_tokenizer
-from tlm.warmstart import cached_embeddings, count, embeddings, factors, flops, ppmi
+from tlm.warmstart import cached_start, count, embeddings, factors, flops, log_frequencies, ppmi
 
 
 def texts_of(rows: list[list[int]], dtype=np.uint16):
@@ -30,16 +30,31 @@ def test_counts_equal_a_double_loop(window, dtype):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 12, size).tolist() for size in (30, 0, 1, 2, 17)]
     expected = slow_count(rows, 12, window)
-    counts = count([texts_of(rows[:2], dtype), texts_of(rows[2:], dtype)], 12, window)
+    counts, frequencies = count([texts_of(rows[:2], dtype), texts_of(rows[2:], dtype)], 12, window)
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_array_equal(counts, counts.T)
     assert counts.dtype == np.float32
     assert counts[: MASK + 1].sum() == 0 < counts.sum()
+    assert frequencies.tolist() == [sum(row.count(token) for row in rows) for token in range(12)]
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_a_triangle_becomes_a_square(size):
+    triangle = np.random.default_rng(0).integers(0, 9, size * (size + 1) // 2).astype(np.uint32)
+    expected = np.zeros((size, size))
+    expected[np.tril_indices(size)] = triangle
+    np.testing.assert_array_equal(warmstart._square(triangle, size), expected + expected.T)
+
+
+def test_log_frequencies_sum_to_one():
+    logs = log_frequencies(np.array([0, 3, 0, 7]))
+    np.testing.assert_allclose(np.exp(logs), [1 / 14, 4 / 14, 1 / 14, 8 / 14], rtol=1e-6)
 
 
 def test_counts_go_on_past_what_float32_can_hold():
     tokens = np.full(2**24 + 3, 5, np.uint16)
-    counts = count([(tokens, np.array([0, len(tokens)]))], 6, window=1)
+    counts, frequencies = count([(tokens, np.array([0, len(tokens)]))], 6, window=1)
+    assert frequencies[5] == len(tokens)
     assert counts[5, 5] == np.float32(2 * (2**24 + 2)) > 2**25
 
 
@@ -75,7 +90,7 @@ def test_factors_are_those_of_the_exact_svd():
 def test_rows_have_the_models_length_and_say_less_for_frequent_words():
     rng = np.random.default_rng(0)
     rows = [(5 + (rng.random(20) ** 3 * 44)).astype(int).tolist() for _ in range(400)]
-    start = embeddings(count([texts_of(rows)], 60), 16, std=0.05)
+    start = embeddings(count([texts_of(rows)], 60)[0], 16, std=0.05)
     assert start.shape == (60, 16)
     assert start.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(start, axis=1), 0.05 * 4, rtol=1e-5)
@@ -94,7 +109,7 @@ def test_related_words_are_nearer_than_unrelated_ones(real_text):
     rng = random.Random(3)
     texts = [themed_text(theme, rng, 30) for theme in sorted(THEMES) for _ in range(300)] + real_text[:200]
     tokenizer = train_tokenizer(texts, 1200)
-    start = embeddings(count([store(tokenizer, texts)], tokenizer.get_vocab_size()), 32)
+    start = embeddings(count([store(tokenizer, texts)], tokenizer.get_vocab_size())[0], 32)
     themes = [theme for theme in THEMES for _ in THEMES[theme]]
     ids = [tokenizer.token_to_id(word) for theme in THEMES for word in THEMES[theme]]
     assert None not in ids
@@ -105,7 +120,7 @@ def test_related_words_are_nearer_than_unrelated_ones(real_text):
 
 def test_related_words_of_real_english_are_nearer(real_text):
     tokenizer = train_tokenizer(real_text, 2500)
-    start = embeddings(count([store(tokenizer, real_text)], tokenizer.get_vocab_size()), 64)
+    start = embeddings(count([store(tokenizer, real_text)], tokenizer.get_vocab_size())[0], 64)
     pairs = [("int", "float"), ("list", "tuple"), ("bytes", "string"), ("import", "module"), ("tuple", "sequence")]
     ids = {word: tokenizer.token_to_id(word) for pair in pairs for word in pair}
     near = cosine(start, list(range(len(start))))
@@ -116,20 +131,24 @@ def test_related_words_of_real_english_are_nearer(real_text):
 def test_the_same_texts_give_the_same_bits_and_the_cache_is_by_key(real_text, tmp_path):
     tokenizer = train_tokenizer(real_text[:300], 900)
     stores = [store(tokenizer, real_text[:300])]
-    first = cached_embeddings(tmp_path, "key", stores, 900, 24)
-    np.testing.assert_array_equal(first, embeddings(count(stores, 900), 24))
-    np.testing.assert_array_equal(first, cached_embeddings(tmp_path, "key", [], 900, 24))
-    assert cached_embeddings(tmp_path, "key", stores, 900, 12).shape == (900, 12)
-    other = cached_embeddings(tmp_path, "other", [texts_of([])], 900, 24)
-    assert not np.array_equal(first, other)
+    first = cached_start(tmp_path, "key", stores, 900, 24)
+    pairs, frequencies = count(stores, 900)
+    np.testing.assert_array_equal(first.embeddings, embeddings(pairs, 24))
+    np.testing.assert_array_equal(first.log_frequencies, log_frequencies(frequencies))
+    again = cached_start(tmp_path, "key", [], 900, 24)
+    np.testing.assert_array_equal(first.embeddings, again.embeddings)
+    np.testing.assert_array_equal(first.log_frequencies, again.log_frequencies)
+    assert cached_start(tmp_path, "key", stores, 900, 12).embeddings.shape == (900, 12)
+    other = cached_start(tmp_path, "other", [texts_of([])], 900, 24).embeddings
+    assert not np.array_equal(first.embeddings, other)
     assert np.isfinite(other).all()  # no text at all: a random start
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) == 3
-    assert all(re.fullmatch(r"embeddings-[0-9a-f]{16}\.npy", name) for name in names)
+    assert all(re.fullmatch(r"start-[0-9a-f]{16}\.npz", name) for name in names)
 
 
 def test_more_dimensions_than_tokens():
-    start = embeddings(count([texts_of([[5, 6, 7, 8] * 5])], 9), 64)
+    start = embeddings(count([texts_of([[5, 6, 7, 8] * 5])], 9)[0], 64)
     assert start.shape == (9, 64)
     assert np.isfinite(start).all()
 

@@ -36,7 +36,7 @@ from tasks.types import Task
 KIND, VERSION = "selection", 1
 SELECTORS = ("bm25", "random")
 QUERIES_A_BATCH = 256
-HITS_IN_MEMORY = 4_000_000
+HITS_IN_MEMORY = 2_000_000
 EXPLAINED_DOCUMENTS = 500
 SHOWN = 3
 

@@ -2,4 +2,7 @@
 
 
 class InputError(Exception):
-    """Bad input: one clear sentence that names the file, line or key and the mend. The command line prints it and exits 2."""
+    """Bad input: one clear sentence that names the file, line or key and the mend.
+
+    The command line prints it on stderr and exits with status 2.
+    """

@@ -51,7 +51,7 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         progress.say(f"{run.folder} is finished; its summary follows")
         return read_json(run.summary_path)
     task, ledger = open_task(config.task, config.data), Ledger()
-    run.inputs([dict(i) for i in task.inputs])
+    run.begin([dict(i) for i in task.inputs])
     data = {split: (task.texts(split), np.array(task.targets(split))) for split in ("train", "dev")}
     with progress.phase("tfidf"), ledger.phase("fit"):
         model = tfidf.fit(*data["train"], *data["dev"], task.labels, task.metric, seed=config.seed, threads=config.threads)
@@ -67,13 +67,12 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         "seed": config.seed,
         "dev": dev,
         "test": test_scores(task, probabilities),
-        "model": model.describe(),
+        "model": {"features": model.num_features, "C": model.strength, "class_weight": model.class_weight},
         "data": {"train_examples": len(data["train"][0]), "external_documents": 0, "external_tokens": 0, "report": task.report},
         "selection": None,
         "cost": ledger.cost(0),
         "config_sha256": run.config_sha256,
     }
     write_text(run.folder / "predictions.jsonl", prediction_lines(task, probabilities))
-    tfidf.save(model, run.folder / "model")
     write_json(run.summary_path, summary)
     return summary

@@ -1,14 +1,14 @@
 """The command line: `tlm VERB [config.yaml ...] [key=value ...]`. Each verb is a few lines; nothing heavy is imported
 before it is needed, so that `--help` answers at once."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tasks.errors import InputError
-from tlm import __version__, config as configs
+from tlm import __version__
+from tlm import config as configs
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ def retrieve(config: configs.RetrieveConfig, names: list[str]) -> int:
 
 
 def train(config: configs.TrainConfig, names: list[str]) -> int:
-    from tlm.arms import run
-    from tlm.report import print_summary
+    from rich.console import Console
 
-    print_summary(run(config))
+    from tlm.arms import run
+    from tlm.report import table
+
+    summary = run(config)
+    Console().print(table({summary["arm"]: summary}))
+    print(os.path.join(config.out, config.run))
     return 0
 
 

@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from tasks.errors import InputError
 
@@ -30,11 +30,11 @@ def group(kind: type, **changes: Any) -> Any:
 
 @dataclass
 class DataConfig:
-    text_column: Optional[str] = key(None, "column of the text (guessed from usual names if absent)")
-    label_column: Optional[str] = key(None, "column of the label (guessed from usual names if absent)")
-    metric: Optional[str] = key(None, "accuracy, macro_f1 or micro_f1 (the task card's, else macro_f1)")
-    train_limit: Optional[int] = key(None, "use only this many training texts, drawn by the seed data.seed")
-    per_label: Optional[int] = key(None, "use only this many training texts of each label")
+    text_column: str | None = key(None, "column of the text (guessed from usual names if absent)")
+    label_column: str | None = key(None, "column of the label (guessed from usual names if absent)")
+    metric: str | None = key(None, "accuracy, macro_f1 or micro_f1 (the task card's, else macro_f1)")
+    train_limit: int | None = key(None, "use only this many training texts, drawn by the seed data.seed")
+    per_label: int | None = key(None, "use only this many training texts of each label")
     keep_duplicates: bool = key(False, "keep training texts that also stand in dev or test")
     seed: int = key(0, "seed of the few-shot cut and of splits made by hash; fixed while `seed` varies")
 
@@ -47,9 +47,9 @@ class RetrievalConfig:
     scoring: str = key("lucene", "BM25 variant")
     k1: float = key(1.2, "BM25 term saturation")
     b: float = key(0.75, "BM25 length normalisation")
-    k: Optional[int] = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
-    max_documents: Optional[int] = key(None, "keep at most this many of the best ranked documents")
-    max_words: Optional[int] = key(None, "keep the best ranked documents up to this many words")
+    k: int | None = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
+    max_documents: int | None = key(None, "keep at most this many of the best ranked documents")
+    max_words: int | None = key(None, "keep the best ranked documents up to this many words")
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
 
@@ -61,10 +61,10 @@ class TokenizerConfig:
 @dataclass
 class ModelConfig:
     size: str = key("tiny", "tiny, small, base, large; or tfidf for the classical rival")
-    hidden: Optional[int] = key(None, "width (by size if absent)")
-    layers: Optional[int] = key(None, "depth (by size if absent)")
-    heads: Optional[int] = key(None, "attention heads (by size if absent)")
-    intermediate: Optional[int] = key(None, "width of the gated MLP (by size if absent)")
+    hidden: int | None = key(None, "width (by size if absent)")
+    layers: int | None = key(None, "depth (by size if absent)")
+    heads: int | None = key(None, "attention heads (by size if absent)")
+    intermediate: int | None = key(None, "width of the gated MLP (by size if absent)")
     max_length: int = key(128, "tokens a text, [CLS] and [SEP] included; longer external texts are cut into windows")
     pooling: str = key("mean", "mean or cls")
     dropout: float = key(0.0, "dropout in the joint stage")
@@ -80,7 +80,7 @@ class InitConfig:
 @dataclass
 class StageConfig:
     steps: int = key(1000, "optimizer steps")
-    batch: Optional[int] = key(None, "texts a micro-batch over all processes (from batch_tokens if absent)")
+    batch: int | None = key(None, "texts a micro-batch over all processes (from batch_tokens if absent)")
     batch_tokens: int = key(2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts")
     accumulation: int = key(1, "micro-batches an optimizer step")
     lr: float = key(2e-3, "peak learning rate of AdamW (embeddings, norms, heads; everything if optimizer=adamw)")
@@ -110,7 +110,7 @@ class FinetuneConfig(StageConfig):
 class RunConfig:
     """Keys of every verb that makes a run folder."""
 
-    run: Optional[str] = key(None, "name of the run (made from what runs if absent)")
+    run: str | None = key(None, "name of the run (made from what runs if absent)")
     out: str = key("runs", "folder that holds the run folders")
     cache: str = key("~/.cache/tlm", "folder of what can be made again: stores, indexes, selections, tokens")
     seed: int = key(0, "seed of everything random")
@@ -120,7 +120,7 @@ class RunConfig:
 @dataclass
 class TrainConfig(RunConfig):
     task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
-    corpus: Optional[str] = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
+    corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
     precision: str = key("fp32", "fp32, or bf16 (on a GPU)")
     optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest) or adamw")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")
@@ -156,14 +156,14 @@ class DemoConfig:
 
 @dataclass
 class EvalConfig:
-    task: Optional[str] = key(None, "another task with the same labels (the run's own if absent)")
+    task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     data: DataConfig = group(DataConfig)
 
 
 @dataclass
 class PredictConfig:
-    text_column: Optional[str] = key(None, "column of the text in a csv, jsonl or parquet file")
+    text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
     threads: int = key(0, "CPU threads (0: all cores)")
 
 

@@ -25,6 +25,7 @@ from tlm.config import StageConfig
 from tlm.optimizers import Muon, parameter_groups
 from tlm.run import read_json, write_json, write_text
 
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run and this one's place among them."""
@@ -177,12 +178,11 @@ def save(engine, folder: Path, tag: str, state: dict, world: World) -> None:
             sync(folder)
             write_text(folder / "latest", tag + "\n")
             prune(folder, tag)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own words
         shutil.rmtree(half, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not any(w in str(error) for w in ("write", "PytorchStream", "space")):
-            raise
+        reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"{half.parent / tag}: the checkpoint cannot be written (is the disk full?); make room and give the same "
+            f"{folder / tag}: the checkpoint cannot be written ({reason}; is the disk full?); make room and give the same "
             f"command again: it goes on from {latest(folder) or 'the start'}"
         ) from None
 

@@ -128,9 +128,12 @@ class Losses(nn.Module):
         hidden_TD = self.model(batch)
         mlm_sum = task_sum = None
         if mlm:
-            logits_MV = self.model.mlm_logits(hidden_TD[batch.masked])
-            mlm_sum = F.cross_entropy(logits_MV.float(), batch.masked_tokens, reduction="sum")
+            mlm_sum = cross_entropy_sum(self.model.mlm_logits(hidden_TD[batch.masked]), batch.masked_tokens)
         if task:
-            logits_NC = self.model.classify(hidden_TD, batch)
-            task_sum = F.cross_entropy(logits_NC.float(), batch.labels, reduction="sum")
+            task_sum = cross_entropy_sum(self.model.classify(hidden_TD, batch), batch.labels)
         return mlm_sum, task_sum
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """In float32 at least, whatever the model computes in."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")

@@ -5,6 +5,8 @@ the small batches and few steps of a TLM run it lowers the masked-LM loss most a
 shape are orthogonalised as one batch: on a CPU many small products cost more than one large.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.optim._functional import adamw
@@ -123,9 +125,7 @@ def schedule(kind: str, step: int, steps: int, warmup: float) -> float:
 
     linear and cosine fall to 0 over all that is left; trapezoid (Zhai et al. 2022, as 1-linear) over the last 60%.
     """
-    import math
-
-    warm = max(1, round(warmup * steps))
+    warm = round(warmup * steps)
     if step < warm:
         return (step + 1) / warm
     left = (steps - step) / max(1, steps - warm)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.columns import guess_text_column
+from tasks.columns import text_columns
 from tasks.errors import InputError
 from tasks.files import read_records
 from tlm.config import EvalConfig, PredictConfig
@@ -28,7 +28,7 @@ class Predictor:
 
 
 def open_run(folder: str | Path, threads: int = 0) -> Predictor:
-    """A finished run's model, neural or classical. Raises InputError if there is none, or it is damaged."""
+    """A finished run's model. Raises InputError if there is none, or it is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; name the folder of a finished run, such as runs/NAME")
@@ -39,9 +39,7 @@ def open_run(folder: str | Path, threads: int = 0) -> Predictor:
         raise InputError(f"{folder}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
     labels = tuple(summary["labels"])
     if summary["arm"] == "tfidf":
-        from tlm.tfidf import load
-
-        return Predictor(folder, labels, load(folder / "model").probabilities)
+        raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
     return Predictor(folder, labels, neural(folder / "model", threads))
 
 
@@ -89,12 +87,10 @@ def standard_input() -> Iterator[tuple[str, str]]:
             yield str(number), text
 
 
-def texts_of(path: str, column: str | None) -> Iterator[tuple[str, str]]:
+def texts_of(path: str, given: str | None) -> Iterator[tuple[str, str]]:
     for number, record in read_records(path):
-        column = column or guess_text_column(record, path)
-        if column not in record:
-            raise InputError(f"{path}:{number}: no column {column}; it has {', '.join(record)} (text_column=NAME says which)")
-        yield str(record.get("id", number)), str(record[column])
+        columns = text_columns(list(record), given, f"{path}:{number}")
+        yield str(record.get("id", number)), " ".join(str(record[column]) for column in columns)
 
 
 def evaluate_runs(names: list[str], config: EvalConfig) -> int:

@@ -110,8 +110,9 @@ def make(config: TrainConfig, ledger: Ledger, progress: Progress) -> Prepared:
         corpus = open_corpus(config.corpus, cache, ledger, progress)
         inputs.append({"path": config.corpus, "rows": len(corpus), "sha256": corpus.fingerprint})
         with progress.phase("retrieval"):
-            selection = retrieve(task, corpus, config, cache, progress)
-        ledger.add_seconds("retrieval", sum(selection.manifest["seconds"].values()))
+            selection = select_for(task, corpus, config, cache, progress)
+        for phase, seconds in selection.manifest["seconds"].items():
+            ledger.add_seconds(f"retrieval_{phase}", seconds)
 
     texts_key = f"{task.fingerprint}/{selection.fingerprint if selection else None}"
     own_texts = task.texts("train")
@@ -157,7 +158,7 @@ def open_corpus(spec: str, cache: Path, ledger: Ledger, progress: Progress) -> C
         return corpora.open_corpus(spec, cache, lambda done, total, what: progress.update(done, total, what))
 
 
-def retrieve(task: Task, corpus: Corpus, config: Any, cache: Path, progress: Progress) -> Selection:
+def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: Progress) -> Selection:
     """The selection that `retrieval.*` asks for. A random one is as large as the one by BM25 would be."""
     options = config.retrieval
     settings = dict(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import InputError
-from tlm import __version__, config as configs
+from tlm import __version__
+from tlm import config as configs
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,27 +46,40 @@ def read_json(path: Path) -> Any:
 
 
 class Run:
-    """A run folder that is open for writing (by the first process alone)."""
+    """A run folder. Nothing is written before `begin`, so that bad input leaves nothing behind."""
 
     def __init__(self, folder: Path, config: Any, writes: bool = True):
-        self.folder, self.writes, self.config_sha256 = folder, writes, configs.sha256(config)
-        if writes:
-            self.open(config)
+        """`writes`: whether this is the process that writes. Raises InputError if the folder holds something else."""
+        self.folder, self.config, self.writes, self.config_sha256 = folder, config, writes, configs.sha256(config)
         self.metrics_path = folder / "metrics.jsonl"
-
-    def open(self, config: Any) -> None:
-        from omegaconf import OmegaConf
-
-        known = self.folder / "config.yaml"
+        known = folder / "config.yaml"
         if known.exists():
             if not same_result(known, config):
                 raise InputError(
-                    f"{self.folder}: holds a run with another configuration; choose another run=NAME, or delete the folder"
+                    f"{folder}: holds a run with another configuration; choose another run=NAME, or delete the folder"
                 )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder}: is not empty and holds no run; choose another run=NAME")
-        write_text(known, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        write_json(self.folder / "env.json", environment())
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is not empty and holds no run; choose another run=NAME")
+        elif folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file; choose another run=NAME")
+
+    def begin(self, inputs: list[dict]) -> None:
+        """Write what is asked, where it runs, and path, rows and sha256 of everything read.
+
+        Raises InputError if data has changed since the run began.
+        """
+        from omegaconf import OmegaConf
+
+        path = self.folder / "inputs.json"
+        if path.exists():
+            old = {i["path"]: i["sha256"] for i in read_json(path)}
+            changed = [i["path"] for i in inputs if old.get(i["path"], i["sha256"]) != i["sha256"]]
+            if changed:
+                raise InputError(f"{changed[0]}: has changed since run {self.folder} began; choose another run=NAME")
+        if self.writes:
+            write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+            write_json(self.folder / "env.json", environment())
+            write_json(path, inputs)
 
     @property
     def checkpoints(self) -> Path:
@@ -74,18 +88,6 @@ class Run:
     @property
     def summary_path(self) -> Path:
         return self.folder / "summary.json"
-
-    def inputs(self, inputs: list[dict]) -> None:
-        """Path, rows and sha256 of everything read. A resumed run whose data has changed is refused."""
-        path = self.folder / "inputs.json"
-        if not self.writes:
-            return
-        if path.exists():
-            old = {i["path"]: i["sha256"] for i in read_json(path)}
-            changed = [i["path"] for i in inputs if old.get(i["path"], i["sha256"]) != i["sha256"]]
-            if changed:
-                raise InputError(f"{changed[0]}: has changed since run {self.folder} began; choose another run=NAME")
-        write_json(path, inputs)
 
     def record(self, **values: Any) -> None:
         if self.writes:
@@ -102,11 +104,6 @@ class Run:
         """Forget what was recorded after a checkpoint that had seen `size` bytes."""
         if self.writes and self.metrics_path.exists():
             os.truncate(self.metrics_path, min(size, self.metrics_bytes()))
-
-    def log(self, line: str) -> None:
-        if self.writes:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 def same_result(path: Path, config: Any) -> bool:

@@ -20,7 +20,7 @@ from tlm.engine import World
 from tlm.ledger import Ledger, Meter
 from tlm.mixture import EXTERNAL, TASK, Mixture
 from tlm.model import Transformer, forward_flops, load_model, save_model
-from tlm.objectives import Losses, Masking, Objective, Source, Weighted
+from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.prepare import Prepared, prepare
 from tlm.progress import Progress
@@ -60,7 +60,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
 
     ledger = Ledger()
     prepared = prepare(config, ledger, progress, world)
-    run.inputs(prepared.inputs)
+    run.begin(prepared.inputs)
     meter = Meter(ledger, matmul_flops_per_second())
     model = new_model(config, prepared)
     joint, finetune = stages(config, prepared, world)

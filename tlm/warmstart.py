@@ -99,7 +99,7 @@ def _count(tokens, offsets, window, ordinary, triangle, frequencies):
                     triangle[high * (high + 1) // 2 + low] += 1
 
 
-def _square(triangle: np.ndarray, vocabulary: int, block: int = 256) -> np.ndarray:
+def _square(triangle: np.ndarray, vocabulary: int, block: int = 64) -> np.ndarray:
     """The lower triangle, row after row, as a symmetric float32[V, V] with the diagonal doubled."""
     square = np.empty((vocabulary, vocabulary), np.float32)
     for row in range(vocabulary):

@@ -8,7 +8,17 @@ from conftest import THEMES, themed_text
 
 from tlm import warmstart
 from tlm.tokenizer import MASK, Encoder, train_tokenizer
-from tlm.warmstart import cached_start, count, embeddings, factors, flops, log_frequencies, ppmi
+from tlm.warmstart import (
+    Start,
+    cached_start,
+    count,
+    embeddings,
+    factors,
+    flops,
+    log_frequencies,
+    ppmi,
+    predict_from_context,
+)
 
 
 def texts_of(rows: list[list[int]], dtype=np.uint16):
@@ -156,6 +166,40 @@ def test_more_dimensions_than_tokens():
 def test_flops_are_mostly_the_products():
     assert flops(8192, 128, 0) == pytest.approx(8 * 2 * 8192**2 * 143, rel=0.05)
     assert flops(8192, 128, 10**6) - flops(8192, 128, 0) == 5 * 10**6
+
+
+def test_the_untrained_model_predicts_from_context(real_text):
+    """Held-out real English: the start must beat the best that can be done without looking, unigram frequencies."""
+    import torch
+    from torch.nn import functional as F
+
+    from tlm.batches import pack
+    from tlm.model import ModelShape, Transformer
+    from tlm.objectives import Masking
+
+    tokenizer = train_tokenizer(real_text, 1500)
+    vocabulary = tokenizer.get_vocab_size()
+    pairs, frequencies = count([store(tokenizer, real_text[100:])], vocabulary)
+    start = Start(embeddings(pairs, 64), log_frequencies(frequencies))
+    shape = ModelShape(vocabulary, hidden=64, layers=2, heads=2, intermediate=64, max_length=128, num_labels=2)
+    model = Transformer(shape, torch.Generator().manual_seed(0))
+    names = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    masking = Masking(0.15, vocabulary, MASK + 1, MASK, seed=0)
+    ids, offsets = store(tokenizer, real_text[:100])
+    texts = [ids[a:b][:120] for a, b in itertools.pairwise(offsets)]
+    batch = pack(*zip(*(masking(text, "held out", i) for i, text in enumerate(texts)), strict=True))
+
+    def loss() -> float:
+        with torch.no_grad():
+            return F.cross_entropy(model.mlm_logits(model(batch)[batch.masked]), batch.masked_tokens).item()
+
+    untrained = loss()
+    unigram = -start.log_frequencies[batch.masked_tokens].mean()
+    predict_from_context(model, start)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, names[name])}
+    assert len(changed) == 6
+    assert loss() < unigram - 0.15 < untrained - 0.5
 
 
 def store(tokenizer, texts):

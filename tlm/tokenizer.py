@@ -148,7 +148,7 @@ def id_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
 
 
 class Encoder:
-    """Encodes many texts; equal to `encode_slowly` on every text. 20 MB of English: 2.4 s, the library 7.1 s (one thread).
+    """Encodes many texts; equal to `encode_slowly` on every text. 20 MB take 2.4 s, the library alone 7.1 s.
 
     A space is a border to the normalizer, to the cutter and to the model alike, so a text's ids are those of its
     space-separated chunks, joined. (No other character is used to split: Python and the library disagree on what white

@@ -130,7 +130,7 @@ def log_frequencies(frequencies: np.ndarray) -> np.ndarray:
 
 
 def ppmi(counts: np.ndarray, smoothing: float = SMOOTHING) -> np.ndarray:
-    """max(0, log(P(w, c) / (P(w) P'(c)))), P'(c) in proportion to #(c)^smoothing: float32[V, V]; overwrites `counts`.
+    """max(0, log(P(w, c) / (P(w) P'(c)))), P'(c) in proportion to #(c)^smoothing: float32[V, V]; Overwrites `counts`.
 
     Positive pointwise mutual information; what skip-gram factorises implicitly is PMI (Levy and Goldberg 2014, Neural
     word embedding as implicit matrix factorization), the smoothing is from Levy, Goldberg and Dagan 2015, section 3.1.
@@ -162,7 +162,7 @@ def factors(matrix: np.ndarray, dimension: int, power: float = POWER) -> np.ndar
 
 
 def embeddings(counts: np.ndarray, dimension: int, std: float = STD) -> np.ndarray:
-    """Rows for a model's embedding: float32[V, dimension], each of length std * sqrt(dimension). overwrites `counts`.
+    """Rows for a model's embedding: float32[V, dimension], each of length std * sqrt(dimension). Overwrites `counts`.
 
     How long a token's vector is tells how much it says ("the" 0.4, "film" 1.6, "football" 2.0), but a model's first
     norm takes lengths away. So length becomes direction: one coordinate is the same for all tokens, and holds what a

@@ -25,7 +25,7 @@ from tlm.batches import Batch
 from tlm.run import read_json, write_json
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}  # names as in transformers
-INIT_STD = 0.02
+EMBEDDING_STD = 0.02  # a norm follows, so it decides only how fast rows turn
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,14 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The encoder with both heads. Weights are a pure function of (shape, generator's state, residual_init).
 
-    Matrices are drawn as ModernBERT draws them: normal, cut at two deviations, std 0.02. What a layer adds to the
-    stream (attn.Wo and mlp.Wo) starts at `zero`, so that every layer begins as the identity and a warm-started
-    embedding is already a bag of words; or `scaled`, std 0.02 / sqrt(2 layers), as GPT-2 and ModernBERT do. Without a
-    generator the weights are left undrawn, for someone to fill.
+    Matrices are normal, cut at two deviations, of variance 1 / inputs. What a layer adds to the stream (attn.Wo and
+    mlp.Wo) starts at `zero`, so that every layer begins as the identity and a warm-started embedding is already a bag
+    of words; or `scaled` by 1 / sqrt(2 layers) (GPT-2, ModernBERT). The MLM head's matrix is the identity, for the
+    decoder behind it speaks the embeddings' language. Masked-LM loss on unseen text against ModernBERT's std of 0.02
+    everywhere (hidden 128, warm-started embeddings, Muon, 1,024 tokens a step, two seeds): 6.80 and 6.75 against 7.03
+    and 7.02 after 200 steps (6.86 and 6.84 with scaled residuals), 5.78 and 5.83 against 6.19 and 6.23 after 700.
+
+    Without a generator the weights are left undrawn, for someone to fill.
     """
 
     def __init__(self, shape: ModelShape, generator: torch.Generator | None, residual_init: str = "zero"):
@@ -227,11 +231,11 @@ class Transformer(nn.Module):
             self.decoder = Decoder(shape)
             self.head = Head(shape)
             self.classifier = linear(shape.hidden, shape.num_labels, bias=True)
-        residual_std = 0.0 if residual_init == "zero" else INIT_STD / math.sqrt(2 * shape.layers)
+        residual_scale = 0.0 if residual_init == "zero" else 1 / math.sqrt(2 * shape.layers)
         if generator is None:
             self.to_empty(device="cpu")
         else:
-            draw(self, generator, residual_std)
+            draw(self, generator, residual_scale)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden] in the batch's packed order, after the last norm."""
@@ -257,18 +261,20 @@ class Transformer(nn.Module):
             draw(module.to(like.dtype), generator, device=like.device)
 
 
-def draw(module: nn.Module, generator: torch.Generator, residual_std: float = 0.0, device="cpu") -> None:
+def draw(module: nn.Module, generator: torch.Generator, residual_scale: float = 1.0, device="cpu") -> None:
     """Give `module` memory and fresh weights, in the order of its parameters' names in the code."""
     module.to_empty(device=device)
-    for name, weight in module.named_parameters():
-        if weight.ndim == 1:
-            nn.init.constant_(weight, float("norm" in name))
-        else:
-            std = residual_std if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else INIT_STD
-            fresh = torch.empty(weight.shape)
-            nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator) if std else fresh.zero_()
-            with torch.no_grad():
-                weight.copy_(fresh)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(float("norm" in name))
+            elif name == "mlm_head.dense.weight":
+                nn.init.eye_(weight)
+            else:
+                std = EMBEDDING_STD if "tok_embeddings" in name else 1 / math.sqrt(weight.shape[1])
+                fresh = torch.empty(weight.shape)
+                nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
+                weight.copy_(fresh * residual_scale if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else fresh)
 
 
 def forward_flops(shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0) -> int:

@@ -259,3 +259,16 @@ def test_a_damaged_model_is_one_clear_sentence(tmp_path, name, content, message)
         path.write_bytes(content(data))
     with pytest.raises(InputError, match=message):
         load_model(tmp_path)
+
+
+def test_the_start_of_each_kind_of_matrix():
+    shape = replace(SHAPE, hidden=64, intermediate=96)
+    for residual_init, scale in (("zero", 0.0), ("scaled", 6**-0.5)):  # 1 / sqrt(2 x 3 layers)
+        weights = Transformer(shape, torch.Generator().manual_seed(0), residual_init).state_dict()
+        assert torch.equal(weights["mlm_head.dense.weight"], torch.eye(64))
+        for name, inputs, wanted in (
+            ("attn.Wqkv", 64, 1.0), ("mlp.Wi", 64, 1.0), ("attn.Wo", 64, scale), ("mlp.Wo", 96, scale),
+        ):  # fmt: skip
+            std = weights[f"model.layers.1.{name}.weight"].std().item()
+            assert std == pytest.approx(0.88 * wanted * inputs**-0.5, rel=0.05), name
+        assert all((w == float("norm" in name)).all() for name, w in weights.items() if w.ndim == 1)

@@ -1,4 +1,4 @@
-"""The arms that are held against each other, and a run of any of them: the same configuration but for one difference."""
+"""The arms that are held against each other, and a run of any of them: one configuration but for one difference."""
 
 import copy
 from pathlib import Path
@@ -54,7 +54,9 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
     run.begin([dict(i) for i in task.inputs])
     data = {split: (task.texts(split), np.array(task.targets(split))) for split in ("train", "dev")}
     with progress.phase("tfidf"), ledger.phase("fit"):
-        model = tfidf.fit(*data["train"], *data["dev"], task.labels, task.metric, seed=config.seed, threads=config.threads)
+        model = tfidf.fit(
+            *data["train"], *data["dev"], task.labels, task.metric, seed=config.seed, threads=config.threads
+        )
     dev = scores(model.probabilities(data["dev"][0]), data["dev"][1])
     with ledger.phase("test"):
         probabilities = model.probabilities(task.texts("test"))
@@ -68,7 +70,12 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         "dev": dev,
         "test": test_scores(task, probabilities),
         "model": {"features": model.num_features, "C": model.strength, "class_weight": model.class_weight},
-        "data": {"train_examples": len(data["train"][0]), "external_documents": 0, "external_tokens": 0, "report": task.report},
+        "data": {
+            "train_examples": len(data["train"][0]),
+            "external_documents": 0,
+            "external_tokens": 0,
+            "report": task.report,
+        },
         "selection": None,
         "cost": ledger.cost(0),
         "config_sha256": run.config_sha256,

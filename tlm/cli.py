@@ -38,8 +38,9 @@ def train(config: configs.TrainConfig, names: list[str]) -> int:
     from tlm.report import table
 
     summary = run(config)
-    Console().print(table({summary["arm"]: summary}))
-    print(os.path.join(config.out, config.run))
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table({summary["arm"]: summary}))
+        print(os.path.join(config.out, config.run))
     return 0
 
 
@@ -74,7 +75,9 @@ VERBS = {
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
-    "doctor": Verb("what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor),
+    "doctor": Verb(
+        "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
+    ),
 }
 REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",)}
 POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1)}
@@ -140,7 +143,9 @@ def split_arguments(verb: str, arguments: list[str]) -> tuple[list[str], list[st
     if not least <= len(names) <= most:
         extra = names[most] if len(names) > most else None
         raise InputError(
-            f"{extra}: not key=value and not a .yaml file" if extra else f"tlm {verb}: say which run, as in `tlm {verb} runs/NAME`"
+            f"{extra}: not key=value and not a .yaml file"
+            if extra
+            else f"tlm {verb}: say which run, as in `tlm {verb} runs/NAME`"
         )
     return names, [a for a, setting in zip(arguments, is_setting, strict=True) if setting]
 
@@ -160,9 +165,15 @@ def overview() -> str:
 
 
 def help_of(name: str, verb: Verb) -> str:
-    rows = [(key, kind, "" if default in (None, "") else str(default), text) for key, kind, default, text in configs.help_rows(verb.config)]
+    rows = [
+        (key, kind, "" if default in (None, "") else str(default), text)
+        for key, kind, default, text in configs.help_rows(verb.config)
+    ]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    lines = [f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {default:<{widths[2]}}  {text}" for key, kind, default, text in rows]
+    lines = [
+        f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {default:<{widths[2]}}  {text}"
+        for key, kind, default, text in rows
+    ]
     usage = " ".join(["usage: tlm", name, *([verb.takes] if verb.takes else []), "[config.yaml ...] [key=value ...]"])
     return "\n".join([f"tlm {name}: {verb.does}", "", usage, "", "keys (type, default):", *lines])
 

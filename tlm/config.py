@@ -72,7 +72,9 @@ class ModelConfig:
 
 @dataclass
 class InitConfig:
-    method: str = key("cooccurrence", "start of the token embeddings: cooccurrence (PPMI and SVD of token counts) or random")
+    method: str = key(
+        "cooccurrence", "start of the token embeddings: cooccurrence (PPMI and SVD of token counts) or random"
+    )
     source: str = key("corpus", "texts that are counted: corpus (beginning with the selection) or selection")
     max_words: int = key(20_000_000, "count at most this many words")
 
@@ -81,7 +83,9 @@ class InitConfig:
 class StageConfig:
     steps: int = key(1000, "optimizer steps")
     batch: int | None = key(None, "texts a micro-batch over all processes (from batch_tokens if absent)")
-    batch_tokens: int = key(2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts")
+    batch_tokens: int = key(
+        2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts"
+    )
     accumulation: int = key(1, "micro-batches an optimizer step")
     lr: float = key(2e-3, "peak learning rate of AdamW (embeddings, norms, heads; everything if optimizer=adamw)")
     matrix_lr: float = key(1e-2, "peak learning rate of Muon (the layers' matrices)")
@@ -131,7 +135,9 @@ class TrainConfig(RunConfig):
     init: InitConfig = group(InitConfig)
     joint: JointConfig = group(JointConfig)
     finetune: FinetuneConfig = group(FinetuneConfig, steps=400, lr=1e-3, matrix_lr=3e-3, eval_every=25)
-    deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"})
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"}
+    )
 
 
 @dataclass
@@ -327,13 +333,14 @@ CHOICES = {
 }
 # Smallest value that makes sense; what is not here may be anything of its type.
 AT_LEAST = {
-    "data.train_limit": 1, "data.per_label": 1, "retrieval.k": 1, "retrieval.max_documents": 1, "retrieval.max_words": 1,
-    "retrieval.query_terms": 1, "retrieval.k1": 0, "retrieval.b": 0, "tokenizer.vocabulary": 100, "model.hidden": 2,
-    "model.layers": 1, "model.heads": 1, "model.intermediate": 1, "model.max_length": 8, "init.max_words": 1,
-    "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1, "finetune.batch": 1, "joint.batch_tokens": 1,
-    "finetune.batch_tokens": 1, "joint.accumulation": 1, "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0,
-    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.mask_rate": 0, "joint.eval_every": 0,
-    "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0, "seeds": 1, "checkpoint_seconds": 0,
+    "data.train_limit": 1, "data.per_label": 1, "retrieval.k": 1, "retrieval.max_documents": 1,
+    "retrieval.max_words": 1, "retrieval.query_terms": 1, "retrieval.k1": 0, "retrieval.b": 0,
+    "tokenizer.vocabulary": 100, "model.hidden": 2, "model.layers": 1, "model.heads": 1, "model.intermediate": 1,
+    "model.max_length": 8, "init.max_words": 1, "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1,
+    "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
+    "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
+    "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
+    "seeds": 1, "checkpoint_seconds": 0,
 }  # fmt: skip
 
 

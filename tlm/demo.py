@@ -1,6 +1,6 @@
 """`tlm demo`: the main job on real text that pip packages carry, and what it is worth, in a few minutes on two cores.
 
-BBC News with ten labelled articles a class, a general corpus of some 50,000 passages, four arms with one recipe: TF-IDF
+BBC News with ten labelled articles a class, a general corpus of some 94,000 passages, four arms with one recipe: TF-IDF
 with logistic regression, the task alone from scratch, TLM with random documents, TLM.
 """
 
@@ -44,17 +44,24 @@ def demo(config: DemoConfig) -> int:
         task = read_task(str(task_folder))
         corpus, counts = demo_corpus(task, cache, progress=progress.update)
     console.print(
-        f"{len(task.splits['train'])} training, {len(task.splits['dev'])} dev and {len(task.splits['test'])} test texts; "
+        f"{', '.join(f'{len(examples)} {split}' for split, examples in task.splits.items())} texts; "
         f"corpus: {counts['documents']:,} passages, {counts['words']:,} words from {len(counts['by_source'])} sources, "
         f"{counts['by_source']['bbc_unlabelled']:,} of them unlabelled BBC articles.\n"
-        f"{counts['checked']:,} documents were compared with the dev and test texts: {counts['leaks']} shared 13 words in "
-        f"a row and were dropped; {counts['versions']} unlabelled articles overlapped with a split and were left out."
+        f"{counts['checked']:,} documents were compared with the dev and test texts: {counts['leaks']} shared "
+        f"13 words in a row and were dropped; {counts['versions']} unlabelled articles overlapped with a split and "
+        "were left out."
     )
     runs, arms = {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
     for seed in range(config.seeds):
         for arm in ARMS:
             console.print(f"[bold]{arm}[/bold], seed {seed}")
-            settings = [f"task={task_folder}", f"corpus={corpus.folder}", f"out={out}", f"cache={cache}", f"seed={seed}"]
+            settings = [
+                f"task={task_folder}",
+                f"corpus={corpus.folder}",
+                f"out={out}",
+                f"cache={cache}",
+                f"seed={seed}",
+            ]
             settings += [f"run={arm}-{seed}", f"threads={config.threads}", *RECIPE]
             arm_config = as_arm(configs.validate(configs.load(TrainConfig, settings)), arm)
             arms[arm].append(run(arm_config, progress))
@@ -67,7 +74,9 @@ def demo(config: DemoConfig) -> int:
         "Command": f"tlm demo seeds={config.seeds}",
     }
     page = write_report(out, runs, task, title="TLM on BBC News with ten labelled articles a class", facts=facts)
-    write_json(out / "summary.json", {"arms": {a: s[0] if config.seeds == 1 else s for a, s in arms.items()}, "corpus": counts})
+    write_json(
+        out / "summary.json", {"arms": {a: s[0] if config.seeds == 1 else s for a, s in arms.items()}, "corpus": counts}
+    )
     console.print(table(arms))
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Report: {page}", soft_wrap=True)
     return 0

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,12 @@ ALONE = World(0, 1)
 KEEP_CHECKPOINTS = 2  # the last two: one is always whole while the next is written
 
 
-def launch(say) -> World:
+def launch() -> World:
     """Join the processes that a launcher started, or be the only one.
 
-    DeepSpeed would compile a shared-memory all-reduce for CPUs at start (half a minute, and a C++ compiler). One process
-    has no use for it; several do without it where it cannot be built, after `say` was told so once.
+    DeepSpeed would compile a shared-memory all-reduce for CPUs at every first start: half a minute and a C++ compiler,
+    and a start that was killed leaves a lock that the next waits on for ever. Gloo's all-reduce does without; models
+    that CPUs train are small.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -73,23 +73,16 @@ def launch(say) -> World:
         from deepspeed.ops import __compatible_ops__ as buildable
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    buildable["deepspeed_shm_comm"] = False
     torch.set_flush_denormal(True)
-    if comm.is_initialized():
-        return World(comm.get_rank(), comm.get_world_size())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    shared_memory = "deepspeed_shm_comm"
-    if world == 1:
-        buildable[shared_memory] = False
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ.setdefault(name, value)
-        store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
-        torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
-    else:
-        if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++")) and not torch.cuda.is_available():
-            buildable[shared_memory] = False
-            say("no C++ compiler here: DeepSpeed goes on without its shared-memory all-reduce (slower between processes)")
-    with quiet():
-        deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
+    if not comm.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+                os.environ.setdefault(name, value)
+            store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
+            torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
+        with quiet():
+            deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
     return World(comm.get_rank(), comm.get_world_size())
 
 
@@ -118,7 +111,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
             "orthogonalise; set optimizer=adamw, or stage 0"
         )
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; our micro-batches count texts over all processes
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; our micro-batches hold any number of texts
         "gradient_accumulation_steps": stage.accumulation,
         "gradient_clipping": stage.clip,
         "zero_optimization": {"stage": 0},
@@ -136,7 +129,9 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
             if not extra:
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); correct or remove it") from None
+            raise InputError(
+                f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
+            ) from None
     return engine
 
 
@@ -182,8 +177,8 @@ def save(engine, folder: Path, tag: str, state: dict, world: World) -> None:
         shutil.rmtree(half, ignore_errors=True)
         reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"{folder / tag}: the checkpoint cannot be written ({reason}; is the disk full?); make room and give the same "
-            f"command again: it goes on from {latest(folder) or 'the start'}"
+            f"{folder / tag}: the checkpoint cannot be written ({reason}; is the disk full?); make room and give the "
+            f"same command again: it goes on from {latest(folder) or 'the start'}"
         ) from None
 
 
@@ -193,7 +188,7 @@ def load(engine, folder: Path, tag: str) -> dict:
     with quiet():
         path, state = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
-        raise InputError(f"{folder / tag}: DeepSpeed cannot read this checkpoint; delete the run folder and start again")
+        raise InputError(f"{folder / tag}: DeepSpeed cannot read it; delete the run folder and start again")
     return state
 
 
@@ -204,9 +199,10 @@ def verify(folder: Path) -> None:
         (name for name, sha in files.items() if not (folder / name).exists() or file_sha256(folder / name) != sha), None
     )
     if damaged:
-        others = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p != folder and (p / "manifest.json").exists())
-        mend = f"put {others[-1]} into {folder.parent / 'latest'} to go on from there" if others else "delete the run folder to start again"
-        raise InputError(f"{folder}: this checkpoint is damaged (checksums differ or a file is missing); {mend}")
+        stage = folder.name.split("-")[0]
+        others = sorted(m.parent.name for m in folder.parent.glob(f"{stage}-*/manifest.json") if m.parent != folder)
+        mend = f"put {others[-1]} into {folder.parent / 'latest'}" if others else "delete the run folder"
+        raise InputError(f"{folder}: this checkpoint is damaged; {mend} to go on from what is whole")
 
 
 def latest(folder: Path) -> str | None:
@@ -221,7 +217,8 @@ def prune(folder: Path, newest: str) -> None:
     """Keep the newest checkpoint and those just before it; drop what a kill left half-written."""
     for half in folder.glob("*.half"):
         shutil.rmtree(half, ignore_errors=True)
-    older = sorted((m.parent for m in folder.glob("*-*/manifest.json") if m.parent.name != newest), key=lambda p: p.stat().st_mtime)
+    older = [m.parent for m in folder.glob("*-*/manifest.json") if m.parent.name != newest]
+    older.sort(key=lambda path: path.stat().st_mtime)
     for old in older[: len(older) - KEEP_CHECKPOINTS + 1]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -237,7 +234,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)

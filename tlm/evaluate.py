@@ -58,6 +58,11 @@ def prediction_lines(task: Task, probabilities_NC: np.ndarray) -> str:
     lines = []
     for example, row in zip(task.splits["test"], probabilities_NC, strict=True):
         shares = {label: round(float(p), 6) for label, p in zip(task.labels, row, strict=True)}
-        line = {"id": example.id, "label": example.label, "prediction": task.labels[int(row.argmax())], "probabilities": shares}
+        line = {
+            "id": example.id,
+            "label": example.label,
+            "prediction": task.labels[int(row.argmax())],
+            "probabilities": shares,
+        }
         lines.append(json.dumps(line))
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
 """What a run costs: FLOPs (exact, and by the paper's rule), tokens, seconds by phase, peak memory.
 
 The paper's rule (Kaplan et al. 2020 as used in arXiv 2111.04130, table 1): 6 FLOPs a token and parameter, embeddings
-included, of the joint stage alone, counting batch x length tokens a step. The exact count takes what is really computed:
-matrix products and attention three times (forward, and twice backward), the head only where tokens are masked, the
-optimizer's own products, both stages, and what came before them.
+included, of the joint stage alone, counting batch x length tokens a step. The exact count takes what is really
+computed: matrix products and attention three times (forward, and twice backward), the head only where tokens are
+masked, the optimizer's own products, both stages, and the start of the embeddings.
 """
 
 import resource

@@ -15,7 +15,7 @@ EXTERNAL, TASK = "external", "task"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`examples`: int64[n] indices into the source; `positions`: int64[n], where in the source's endless stream they stand."""
+    """`examples`: int64[n] indices into the source; `positions`: int64[n], their places in its endless stream."""
 
     source: str
     examples: np.ndarray
@@ -65,7 +65,7 @@ def order(seed: int, source: str, epoch: int, size: int) -> np.ndarray:
 
 
 def uniforms(seed: int, stream: str, position: int, tokens: np.ndarray) -> np.ndarray:
-    """Random numbers in [0, 1) that depend on nothing but their coordinates: float64, one for each of `tokens` (int[n]).
+    """Random numbers in [0, 1) that depend on nothing but their coordinates: float64[n] for `tokens` (int[n]).
 
     A counter-based generator (SplitMix64's finaliser, Steele et al. 2014): what is masked in an example does not depend
     on which micro-batch or process the example falls into.

@@ -32,7 +32,7 @@ class Masking:
     seed: int
 
     def __call__(self, tokens: np.ndarray, source: str, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """One example, int[n], at `position` of its source's stream -> inputs int64[n], targets int64[n] (IGNORE: none).
+        """One example, int[n], at `position` of its source's stream -> inputs and targets (or IGNORE), int64[n].
 
         At least one token is chosen, so that no example is computed for nothing.
         """
@@ -72,17 +72,17 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Objective:
-    """Turns a step's micro-batches into packed batches with loss weights; one per stage. `masking` None: no masked LM."""
+    """Turns a step's micro-batches into packed batches with loss weights; one a stage. `masking` None: no MLM."""
 
     sources: dict[str, Source]
     mlm_weight: float
     masking: Masking | None
 
     def step(self, micros: list[MicroBatch], rank: int = 0, world: int = 1) -> list[Weighted]:
-        """The share of `rank`. Summed over micro-batches and ranks, weight x loss sum is the mean over the step's
+        """The share of `rank`: summed over micro-batches and ranks, weight x loss sum is the step's joint loss.
 
-        micro-batches of the joint loss, where each term is a mean over all examples (or masked tokens) that the step's
-        micro-batches of that source hold.
+        That is the mean over the step's micro-batches, where each term is a mean over all examples (or masked tokens)
+        that the step's micro-batches of that source hold.
         """
         rho2 = self.mlm_weight if self.masking else 0.0
         examples = [self.examples(micro) for micro in micros]

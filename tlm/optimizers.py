@@ -1,8 +1,8 @@
 """Muon for the layers' matrices and AdamW for everything else, as the one optimizer that DeepSpeed drives.
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, by a Newton-Schulz iteration. At
-the small batches and few steps of a TLM run it lowers the masked-LM loss most at equal tokens (measured). Matrices of one
-shape are orthogonalised as one batch: on a CPU many small products cost more than one large.
+Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, by a Newton-Schulz iteration.
+At the small batches and few steps of a TLM run it lowers the masked-LM loss most at equal tokens (measured). Matrices
+of one shape are orthogonalised as one batch: on a CPU many small products cost more than one large.
 """
 
 import math
@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, betas=(0.9, 0.98), eps: float = 1e-8):
-        super().__init__(groups, dict(lr=0.0, muon=False, pieces=1, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0))
+        super().__init__(
+            groups, dict(lr=0.0, muon=False, pieces=1, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -90,8 +92,8 @@ PIECES = {"Wqkv": 3, "Wi": 2}
 def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> list[dict]:
     """Groups for `Muon`: the layers' matrices by shape, then matrices without decay by Muon, then vectors.
 
-    Decay goes to matrices alone: on embeddings of rare words, norms and biases it only pulls towards zero what is seldom
-    seen. Each group has `rate`: which of a stage's learning rates it follows ("matrix_lr" or "lr").
+    Decay goes to matrices alone: embeddings of rare words, norms and biases it would only pull towards zero. `rate`
+    of a group is the stage's learning rate that it follows, "matrix_lr" or "lr".
     """
     matrices: dict[tuple, list] = {}
     dense, rest = [], []

@@ -27,7 +27,10 @@ def plan(config: TrainConfig) -> dict:
         for split in task.splits
     }
     found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}
-    found |= {split: f"{len(examples)} texts, about {lengths[split].mean():.0f} tokens each" for split, examples in task.splits.items()}
+    found |= {
+        split: f"{len(examples)} texts, about {lengths[split].mean():.0f} tokens each"
+        for split, examples in task.splits.items()
+    }
     if config.corpus:
         files = expand(config.corpus)
         local = [f for f in files if os.path.exists(f)]
@@ -39,7 +42,13 @@ def plan(config: TrainConfig) -> dict:
 
     model = config.model
     shape = ModelShape(
-        config.tokenizer.vocabulary, model.hidden, model.layers, model.heads, model.intermediate, model.max_length, len(task.labels)
+        config.tokenizer.vocabulary,
+        model.hidden,
+        model.layers,
+        model.heads,
+        model.intermediate,
+        model.max_length,
+        len(task.labels),
     )
     inside = model.layers * (4 * model.hidden**2 + 3 * model.hidden * model.intermediate)
     parameters = inside + shape.vocabulary * (model.hidden + 1) + 2 * model.hidden**2
@@ -58,7 +67,10 @@ def plan(config: TrainConfig) -> dict:
 
     speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())
     return result | {
-        "model": {"parameters": parameters, "parameters_without_embeddings": parameters - shape.vocabulary * model.hidden},
+        "model": {
+            "parameters": parameters,
+            "parameters_without_embeddings": parameters - shape.vocabulary * model.hidden,
+        },
         "tokens": tokens,
         "flops": flops | {"paper": paper_flops(parameters, tokens["joint"])},
         "estimated_minutes": {name: round(value / speed / 60, 1) for name, value in flops.items()},
@@ -75,5 +87,3 @@ def show(config: TrainConfig) -> None:
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     print("plan:")
     print(OmegaConf.to_yaml(OmegaConf.create({"plan": json.loads(json.dumps(planned))})).split("\n", 1)[1], end="")
-
-

@@ -49,16 +49,15 @@ def neural(folder: Path, threads: int):
     from tlm.evaluate import probabilities
     from tlm.model import load_model
     from tlm.objectives import Source
-    from tlm.tokenizer import Encoder, load_tokenizer
-    from tlm.tokens import TokenStore, heads
+    from tlm.prepare import encoded
+    from tlm.tokenizer import load_tokenizer
+    from tlm.tokens import heads
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    model, encoder = load_model(folder), Encoder(load_tokenizer(folder / "tokenizer.json"))
+    model, tokenizer = load_model(folder), load_tokenizer(folder / "tokenizer.json")
 
     def of_texts(texts: list[str]) -> np.ndarray:
-        ids, lengths = encoder(texts)
-        store = TokenStore(folder, ids, np.concatenate([[0], np.cumsum(lengths)]), {})
-        passages, _ = heads(store, model.shape.max_length)
+        passages, _ = heads(encoded(texts, tokenizer), model.shape.max_length)
         return probabilities(model, Source(passages.sequence, passages.lengths))
 
     return of_texts
@@ -106,7 +105,8 @@ def evaluate_runs(names: list[str], config: EvalConfig) -> int:
         task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
         if task.labels != predictor.labels:
             raise InputError(
-                f"{task.source}: its labels ({', '.join(task.labels)}) are not those of {name} ({', '.join(predictor.labels)})"
+                f"{task.source}: its labels ({', '.join(task.labels)}) are not those of {name} "
+                f"({', '.join(predictor.labels)})"
             )
         result = scores(predictor.probabilities(task.texts(config.split)), np.array(task.targets(config.split)))
         print(json.dumps({"run": str(predictor.folder), "task": task.name, "split": config.split, **result}))

@@ -40,7 +40,7 @@ class Prepared:
     tokenizer: Tokenizer
     max_length: int
     external: Source | None  # passages of the selection; None without a corpus
-    embeddings: np.ndarray | None  # float32[vocabulary, hidden]; None for a random start
+    start: warmstart.Start | None  # of the embeddings and the output bias; None for a random start
     selection: Selection | None
     arm: str
     inputs: list[dict]
@@ -117,29 +117,31 @@ def make(config: TrainConfig, ledger: Ledger, progress: Progress) -> Prepared:
     texts_key = f"{task.fingerprint}/{selection.fingerprint if selection else None}"
     own_texts = task.texts("train")
     with progress.phase("tokenizing"):
-        tokenizer = charged(
-            ledger, "tokenizing", cache, f"tokenizer/{config.tokenizer.vocabulary}/{texts_key}",
-            lambda: cached_tokenizer(
-                cache, texts_key, itertools.chain(own_texts, selection.texts() if selection else []), config.tokenizer.vocabulary
-            ),
-        )  # fmt: skip
+        words = config.tokenizer.vocabulary
+
+        def learn() -> Tokenizer:
+            texts = itertools.chain(own_texts, selection.texts() if selection else [])
+            return cached_tokenizer(cache, texts_key, texts, words)
+
+        tokenizer = charged(ledger, "tokenizing", cache, f"tokenizer/{words}/{texts_key}", learn)
         tokens = None
         if selection:
             key = f"selection/{selection.fingerprint}"
-            tokens = charged(
-                ledger, "tokenizing", cache, f"{key}/{tokenizer_hash(tokenizer)}",
-                lambda: cached_tokens(cache, key, selection.texts(), tokenizer, progress.update),
-            )  # fmt: skip
+
+            def tokenize() -> TokenStore:
+                return cached_tokens(cache, key, selection.texts(), tokenizer, progress.update)
+
+            tokens = charged(ledger, "tokenizing", cache, f"{key}/{tokenizer_hash(tokenizer)}", tokenize)
     train, cut = task_source(task, "train", tokenizer, config.model.max_length)
     external = None
     if tokens:
         passages = windows(tokens, config.model.max_length)
         external = Source(passages.sequence, passages.lengths)
 
-    embeddings = None
+    start = None
     if config.init.method == "cooccurrence":
         with progress.phase("warm start"):
-            embeddings = warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress)
+            start = warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress)
     data = {
         "train_examples": len(own_texts),
         "train_texts_cut": cut,
@@ -149,57 +151,70 @@ def make(config: TrainConfig, ledger: Ledger, progress: Progress) -> Prepared:
         "external_passages": len(external) if external else 0,
     }
     return Prepared(
-        task, tokenizer, config.model.max_length, external, embeddings, selection, arm_of(config), inputs, data, {"train": train}
+        task,
+        tokenizer,
+        config.model.max_length,
+        external,
+        start,
+        selection,
+        arm_of(config),
+        inputs,
+        data,
+        {"train": train},
     )
 
 
 def open_corpus(spec: str, cache: Path, ledger: Ledger, progress: Progress) -> Corpus:
     with progress.phase("corpus"), ledger.phase("corpus"):
-        return corpora.open_corpus(spec, cache, lambda done, total, what: progress.update(done, total, what))
+        return corpora.open_corpus(spec, cache, progress.update)
 
 
 def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: Progress) -> Selection:
     """The selection that `retrieval.*` asks for. A random one is as large as the one by BM25 would be."""
     options = config.retrieval
-    settings = dict(
-        cache=cache, engine=options.engine, analyzer=options.analyzer, scoring=options.scoring, k1=options.k1, b=options.b,
-        k=options.k, max_documents=options.max_documents, max_words=options.max_words, query_terms=options.query_terms,
-        threads=config.threads, progress=lambda done, total, what: progress.update(done, total, what),
-    )  # fmt: skip
+    settings = {name: value for name, value in vars(options).items() if name != "selector"}
+    settings |= {"cache": cache, "threads": config.threads, "progress": progress.update}
     best = select.select(task, corpus, selector="bm25", **settings)
     if options.selector == "bm25":
         return best
     return select.select(task, corpus, selector="random", like=best, seed=config.seed, **settings)
 
 
+def encoded(texts: list[str], tokenizer: Tokenizer) -> TokenStore:
+    """A store in memory."""
+    ids, lengths = Encoder(tokenizer)(texts)
+    return TokenStore(Path(), ids, np.concatenate([[0], np.cumsum(lengths)]), {})
+
+
 def task_source(task: Task, split: str, tokenizer: Tokenizer, max_length: int) -> tuple[Source, int]:
     """A split as a source, and how many of its texts were cut to `max_length`."""
-    ids, lengths = Encoder(tokenizer)(task.texts(split))
-    store = TokenStore(Path(), ids, np.concatenate([[0], np.cumsum(lengths)]), {})
-    passages, cut = heads(store, max_length)
+    passages, cut = heads(encoded(task.texts(split), tokenizer), max_length)
     return Source(passages.sequence, passages.lengths, np.array(task.targets(split), dtype=np.int64)), cut
 
 
-def warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress) -> np.ndarray:
-    """float32[vocabulary, hidden] from co-occurrence counts of the training texts and the selection or the corpus."""
+def warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress) -> warmstart.Start:
+    """From co-occurrence counts of the training texts and the selection or the corpus."""
     of_corpus = corpus is not None and config.init.source == "corpus"
     key = (
         f"{tokenizer_hash(tokenizer)}/{task.fingerprint}/{selection.fingerprint if selection else None}/"
         f"{(corpus.fingerprint, config.init.max_words) if of_corpus else None}"
     )
+    stores = [encoded(task.texts("train"), tokenizer)]
 
-    def start() -> np.ndarray:
-        ids, lengths = Encoder(tokenizer)(task.texts("train"))
-        stores = [(ids, np.concatenate([[0], np.cumsum(lengths)]))]
+    def start() -> warmstart.Start:
         if of_corpus:
             texts = sample(corpus, selection, config.init.max_words)
-            store = cached_tokens(cache, f"counted/{key}", texts, tokenizer, progress.update)
-            stores.append((store.tokens, store.offsets))
+            stores.append(cached_tokens(cache, f"counted/{key}", texts, tokenizer, progress.update))
         elif tokens is not None:
-            stores.append((tokens.tokens, tokens.offsets))
-        return warmstart.cached_embeddings(cache, key, stores, tokenizer.get_vocab_size(), config.model.hidden)
+            stores.append(tokens)
+        texts = [(store.tokens, store.offsets) for store in stores]
+        return warmstart.cached_start(cache, key, texts, tokenizer.get_vocab_size(), config.model.hidden)
 
-    return charged(ledger, "warm_start", cache, f"warm/{key}/{config.model.hidden}", start)
+    result = charged(ledger, "warm_start", cache, f"warm/{key}/{config.model.hidden}", start)
+    words = corpus.statistics["words"] if of_corpus else selection.manifest["words"] if selection else 0
+    counted = min(words, config.init.max_words) + len(stores[0].tokens)
+    ledger.flops += warmstart.flops(tokenizer.get_vocab_size(), config.model.hidden, counted)
+    return result
 
 
 def sample(corpus: Corpus, selection: Selection, max_words: int) -> Iterator[str]:

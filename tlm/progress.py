@@ -27,8 +27,8 @@ class Progress:
         start = time.perf_counter()
         self.name, self.last_line = name, start
         columns = [
-            TextColumn("{task.description:<12}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:<12}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         ]  # fmt: skip
         with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as self.bar:
             self.task = self.bar.add_task(name, total=total, note="")

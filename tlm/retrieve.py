@@ -27,7 +27,9 @@ def retrieve(config: RetrieveConfig) -> int:
             shutil.copyfile(source, half)
         except OSError as error:
             half.unlink(missing_ok=True)
-            raise InputError(f"{out}: cannot be written ({error.strerror}); make room or choose another out=DIR") from None
+            raise InputError(
+                f"{out}: cannot be written ({error.strerror}); make room or choose another out=DIR"
+            ) from None
         half.replace(out / source.name)
     show(selection.manifest)
     print(out / "selection.jsonl.gz")
@@ -39,7 +41,9 @@ def show(manifest: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("source", "documents", "words", title=f"{manifest['documents']:,} documents, {manifest['words']:,} words")
+    table = Table(
+        "source", "documents", "words", title=f"{manifest['documents']:,} documents, {manifest['words']:,} words"
+    )
     for source, entry in sorted(manifest["by_source"].items(), key=lambda item: -item[1]["words"]):
         table.add_row(source, f"{entry['documents']:,}", f"{entry['words']:,}")
     console = Console()

@@ -14,7 +14,7 @@ import torch
 
 from tasks.errors import InputError
 from tlm import engine as engines
-from tlm import evaluate
+from tlm import evaluate, warmstart
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter
@@ -51,7 +51,7 @@ class Stage:
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = engines.launch(engines.say_on_stderr)
+    world = engines.launch()
     progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
     run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
     if run.summary_path.exists():
@@ -92,7 +92,9 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     finetune = Objective({TASK: task}, 0.0, None)
     return (
         Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
-        Stage("finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)),
+        Stage(
+            "finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)
+        ),
     )
 
 
@@ -114,9 +116,8 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
 def new_model(config: TrainConfig, prepared: Prepared) -> Transformer:
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`."""
     model = Transformer(prepared.shape(config.model), torch.Generator().manual_seed(config.seed))
-    if prepared.embeddings is not None:
-        with torch.no_grad():
-            model.model.embeddings.tok_embeddings.weight.copy_(torch.from_numpy(prepared.embeddings))
+    if prepared.start is not None:
+        warmstart.predict_from_context(model, prepared.start)
     set_dropout(model, config.model.dropout)
     return model
 
@@ -160,7 +161,9 @@ def run_stage(
         for micro in stage.objective.step(stage.mixture.draw(stage.step), world.rank, world.size):
             mlm_sum, task_sum = engine(micro.batch, micro.mlm > 0, micro.task > 0)
             loss = sum(w * s for w, s in ((micro.mlm, mlm_sum), (micro.task, task_sum)) if s is not None)
-            engine.backward(loss * world.size, scale_wrt_gas=False)  # DeepSpeed averages over processes; our weights sum
+            engine.backward(
+                loss * world.size, scale_wrt_gas=False
+            )  # DeepSpeed averages over processes; our weights sum
             if engine.is_gradient_accumulation_boundary():
                 norm = engines.gradient_norm(engine)
             engine.step()
@@ -255,7 +258,9 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         probabilities = evaluate.probabilities(model, prepared.source("test"), world)
         if not finetune.best:  # no stage two, or no dev scores in it: the last weights count
             dev = prepared.source("dev")
-            finetune.best = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels) | {"step": finetune.step}
+            finetune.best = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels) | {
+                "step": finetune.step
+            }
     summary = {
         "name": run.folder.name,
         "task": task.name,
@@ -267,7 +272,9 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         "test": evaluate.test_scores(task, probabilities),
         "model": describe_model(model),
         "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
-        "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest} if prepared.selection else None,
+        "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
+        if prepared.selection
+        else None,
         "cost": ledger.cost(sum(p.numel() for p in model.parameters())),
         "config_sha256": run.config_sha256,
     }
@@ -288,7 +295,11 @@ def describe_model(model: Transformer) -> dict:
 
 def describe(values: dict, stage: Stage, metric: str) -> str:
     """The line beside the progress bar."""
-    parts = [f"{name} {values[key]:.3f}" for name, key in (("mlm", "mlm_loss"), ("task", "task_loss")) if values[key] is not None]
+    parts = [
+        f"{name} {values[key]:.3f}"
+        for name, key in (("mlm", "mlm_loss"), ("task", "task_loss"))
+        if values[key] is not None
+    ]
     parts += [f"dev {stage.best[metric]:.3f}"] if stage.best else []
     return " ".join([*parts, f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"])
 

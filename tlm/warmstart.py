@@ -70,13 +70,6 @@ def cached_start(
         return Start(arrays["embeddings"], arrays["log_frequencies"])
 
 
-def cached_embeddings(
-    cache: Path, key: str, stores: Sequence[Texts], vocabulary: int, dimension: int, std: float = STD
-) -> np.ndarray:
-    """The embeddings of `cached_start` alone."""
-    return cached_start(cache, key, stores, vocabulary, dimension, std).embeddings
-
-
 def count(stores: Sequence[Texts], vocabulary: int, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
     """How often two tokens stand at most `window` places apart in a text: float32[V, V], symmetric; and how often each
     token stands anywhere: int64[V].

@@ -56,7 +56,7 @@ def test_bad_input_is_one_sentence_on_stderr_and_status_2(arguments, words, caps
 
 
 def test_help_imports_nothing_heavy():
-    """The goal is half a second; what decides it is what is imported, and that does not depend on the machine's load."""
+    """The goal is half a second; what decides it is what is imported, whatever the machine's load."""
     heavy = "torch numpy deepspeed numba sklearn pyarrow tokenizers matplotlib omegaconf datasets rich".split()
     code = (
         "import sys; from tlm.cli import main; main(['train', '--help']);"

@@ -6,7 +6,13 @@ from tlm.ledger import Ledger, Meter, paper_flops
 # appendix): steps in thousands, batch, tokens a text; parameters in millions; and the FLOPs it reports (table 1, the
 # mean over the tasks). IMDB small: own texts of 512 tokens to external ones of 128 as 1 to 19.
 PAPER = {
-    "small": ([100, 50, 150, 150, 150, 150, 150, 100], [256] * 8, [128] * 3 + [(512 + 19 * 128) / 20] + [128] * 4, 109, 2.74e18),
+    "small": (
+        [100, 50, 150, 150, 150, 150, 150, 100],
+        [256] * 8,
+        [128] * 3 + [(512 + 19 * 128) / 20] + [128] * 4,
+        109,
+        2.74e18,
+    ),
     "medium": ([300, 100, 300, 300, 300, 300, 300, 300], [256] * 8, [128] * 3 + [512] + [128] * 4, 109, 8.30e18),
     "large": (
         [500, 300, 500, 500, 500, 300, 500, 500],
@@ -33,7 +39,9 @@ def test_the_meter_reads_means_and_fills_the_ledger():
     meter = Meter(ledger, peak_flops=1e9)
     meter.begin("joint")
     for mlm, task in ((8.0, 0.0), (4.0, 6.0)):
-        meter.add(loss=1.5, mlm=mlm, masked=4, task=task, texts=3 if task else 0, tokens=10, external_tokens=5, flops=100)
+        meter.add(
+            loss=1.5, mlm=mlm, masked=4, task=task, texts=3 if task else 0, tokens=10, external_tokens=5, flops=100
+        )
         meter.add(steps=1)
     values = meter.read(list)
     assert (values["loss"], values["mlm_loss"], values["task_loss"]) == (1.5, 1.5, 2.0)

@@ -18,7 +18,9 @@ ORDINARY = len(SPECIALS)
 def source(size: int, labels: bool, seed: int) -> Source:
     rng = np.random.default_rng(seed)
     texts = [np.r_[CLS, rng.integers(ORDINARY, VOCABULARY, rng.integers(3, 12)), SEP] for _ in range(size)]
-    return Source(texts.__getitem__, np.array([len(t) for t in texts]), rng.integers(0, LABELS, size) if labels else None)
+    return Source(
+        texts.__getitem__, np.array([len(t) for t in texts]), rng.integers(0, LABELS, size) if labels else None
+    )
 
 
 SOURCES = {EXTERNAL: source(64, False, 1), TASK: source(48, True, 2)}

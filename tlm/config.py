@@ -99,7 +99,7 @@ class StageConfig:
 @dataclass
 class JointConfig(StageConfig):
     external_per_task: int = key(3, "external micro-batches for each task micro-batch (the paper's rho1)")
-    mlm_weight: float = key(5.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
+    mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
 
 

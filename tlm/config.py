@@ -105,7 +105,7 @@ class JointConfig(StageConfig):
 
 @dataclass
 class FinetuneConfig(StageConfig):
-    dropout: float = key(0.1, "dropout in the finetune stage")
+    dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
     head: str = key("fresh", "classification head: fresh (the paper's) or keep (the joint stage's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
 

@@ -25,6 +25,7 @@ RECIPE: tuple[str, ...] = (
     "joint.steps=500",
     "joint.eval_every=100",
     "finetune.steps=150",
+    "finetune.dropout=0.1",
 )
 MINUTES = 5  # measured on two cores
 

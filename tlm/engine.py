@@ -117,7 +117,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
         "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16"},
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         **extra,
     }

@@ -60,7 +60,6 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
 
     ledger = Ledger()
     prepared = prepare(config, ledger, progress, world)
-    run.begin(prepared.inputs)
     meter = Meter(ledger, matmul_flops_per_second())
     model = new_model(config, prepared)
     joint, finetune = stages(config, prepared, world)
@@ -72,6 +71,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         if stage is finetune:
             fresh_start(model, config)
         engine = engines.initialize(Losses(model), stage.config, config.optimizer, config.precision, config.deepspeed)
+        run.begin(prepared.inputs)
         if tag and tag.startswith(stage.name):
             resume(engine, run, stage, meter, tag, progress)
         elif stage is finetune:

@@ -92,19 +92,18 @@ def arm_of(config: TrainConfig) -> str:
     return "tlm" if config.retrieval.selector == "bm25" else config.retrieval.selector
 
 
-def prepare(config: TrainConfig, ledger: Ledger, progress: Progress, world: World) -> Prepared:
+def prepare(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress, world: World) -> Prepared:
     """The first process makes what is not cached yet; the others find it there."""
     if world.rank > 0:
         world.barrier()
-    prepared = make(config, ledger, progress)
+    prepared = make(config, task, ledger, progress)
     if world.rank == 0:
         world.barrier()
     return prepared
 
 
-def make(config: TrainConfig, ledger: Ledger, progress: Progress) -> Prepared:
+def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) -> Prepared:
     cache = Path(config.cache).expanduser()
-    task = open_task(config.task, config.data)
     inputs, selection, corpus = [dict(i) for i in task.inputs], None, None
     if config.corpus:
         corpus = open_corpus(config.corpus, cache, ledger, progress)

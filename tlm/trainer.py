@@ -22,7 +22,7 @@ from tlm.mixture import EXTERNAL, TASK, Mixture
 from tlm.model import Transformer, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
-from tlm.prepare import Prepared, prepare
+from tlm.prepare import Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
 from tlm.tokenizer import MASK, SPECIALS, save_tokenizer
@@ -50,6 +50,7 @@ class Stage:
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
+    task = open_task(config.task, config.data)  # first, so that bad data is told at once
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch()
     progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
@@ -59,7 +60,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         return read_json(run.summary_path)
 
     ledger = Ledger()
-    prepared = prepare(config, ledger, progress, world)
+    prepared = prepare(config, task, ledger, progress, world)
     meter = Meter(ledger, matmul_flops_per_second())
     model = new_model(config, prepared)
     joint, finetune = stages(config, prepared, world)

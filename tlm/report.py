@@ -103,15 +103,15 @@ def cell(column: Column, summaries: Sequence[dict]) -> str:
 
 
 def table(arms: Arms):
-    """The arms as a rich table; scores in percent."""
+    """The arms as a rich table that fits 80 columns; scores in percent."""
     from rich.table import Table
 
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    result.add_column("")
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    result.add_column("", no_wrap=True)
     for column in COLUMNS:
         result.add_column(column.title.replace(" ", "\n"), justify="right", vertical="bottom")
     for arm, summaries in arms.items():
-        result.add_row(arm_title(arm), *(cell(column, seeds_of(summaries)) for column in COLUMNS))
+        result.add_row(arm, *(cell(column, seeds_of(summaries)) for column in COLUMNS))
     return result
 
 

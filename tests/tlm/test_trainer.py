@@ -241,6 +241,25 @@ def without_compiler():
     return os.pathsep.join(f for f in folders if not any(os.path.exists(os.path.join(f, c)) for c in ("c++", "g++")))
 
 
+def test_accumulation_gives_what_one_large_batch_gives(tiny_task, cache, tmp_path):
+    """Through DeepSpeed: 4 micro-batches of 8 texts and 1 of 32, in both stages."""
+    alone = [
+        "train",
+        f"task={tiny_task}",
+        f"out={tmp_path}",
+        f"cache={cache}",
+        *RUN,
+        "joint.steps=12",
+        "finetune.steps=12",
+    ]
+    small = ["joint.batch=8", "joint.accumulation=4", "finetune.batch=8", "finetune.accumulation=4"]
+    assert main([*alone, "run=small", *small]) == 0
+    assert main([*alone, "run=large", "joint.batch=32", "finetune.batch=32"]) == 0
+    for a, b in zip(losses(tmp_path / "small"), losses(tmp_path / "large"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("tokens") == b.get("tokens")
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_gives_the_losses_of_plain_training(stage, arguments, tmp_path):
     plain, zero = (

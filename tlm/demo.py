@@ -16,12 +16,13 @@ from tlm.progress import Progress
 from tlm.report import table, write_report
 from tlm.run import write_json
 
-# What differs from the defaults, in the words of the command line.
+# What differs from the defaults, in the words of the command line. Chosen on other splits of the articles: the best half
+# million words of the selection (test accuracy there 94.2, 92.5, 92.8 over three seeds; 92.8 with two million, one seed).
 RECIPE: tuple[str, ...] = (
     "model=tiny",
     "model.max_length=256",
     "retrieval.k=200",
-    "retrieval.max_words=2000000",
+    "retrieval.max_words=500000",
     "joint.steps=500",
     "joint.eval_every=100",
     "finetune.steps=150",

@@ -51,5 +51,10 @@ def show(manifest: dict) -> None:
     leaks = manifest["leaks"]
     console.print(f"{leaks['dropped']:,} documents that overlap with dev or test texts were dropped.")
     if "queries" in manifest:
-        console.print(f"queries: {manifest['queries']}", soft_wrap=True)
+        queries, hits = manifest["queries"], manifest["queries"]["hits"]
+        console.print(
+            f"{queries['number']:,} queries found {hits['fewest']} to {hits['most']} documents each, {hits['median']:.0f} "
+            f"in the middle; {queries['without_hits']:,} found nothing.",
+            soft_wrap=True,
+        )
         console.print("terms that pulled most: " + ", ".join(manifest["terms"]), soft_wrap=True)

@@ -53,8 +53,8 @@ def show(manifest: dict) -> None:
     if "queries" in manifest:
         queries, hits = manifest["queries"], manifest["queries"]["hits"]
         console.print(
-            f"{queries['number']:,} queries found {hits['fewest']} to {hits['most']} documents each, {hits['median']:.0f} "
-            f"in the middle; {queries['without_hits']:,} found nothing.",
+            f"{queries['number']:,} queries found {hits['fewest']} to {hits['most']} documents each, "
+            f"{hits['median']:.0f} in the middle; {queries['without_hits']:,} found nothing.",
             soft_wrap=True,
         )
         console.print("terms that pulled most: " + ", ".join(manifest["terms"]), soft_wrap=True)

@@ -83,20 +83,20 @@ def _build(folder: Path, head: dict, write: Callable[[Path], dict]) -> dict:
         files = sorted(path for path in temporary.iterdir())
         manifest["files"] = {path.name: path.stat().st_size for path in files}
         for path in files:
-            _sync(path)
+            sync(path)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # without a manifest, or `load` would have returned it
         os.replace(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

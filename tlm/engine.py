@@ -6,7 +6,6 @@ and renamed; the file `latest` is replaced last. A kill at any instant leaves th
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -19,7 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from retrieval.folders import sync
 from tasks.errors import InputError
+from tasks.files import sha256 as file_sha256
 from tlm.config import StageConfig
 from tlm.optimizers import Muon, parameter_groups
 from tlm.run import read_json, write_json, write_text
@@ -164,7 +165,7 @@ def save(engine, folder: Path, tag: str, state: dict, world: World) -> None:
             engine.save_checkpoint(str(folder), tag=half.name, client_state=state, save_latest=False)
         world.barrier()
         if world.rank == 0:
-            files = {str(p.relative_to(half)): file_sha256(p) for p in sorted(half.rglob("*")) if p.is_file()}
+            files = {str(p.relative_to(half)): file_sha256(str(p)) for p in sorted(half.rglob("*")) if p.is_file()}
             write_json(half / "manifest.json", {"tag": tag, "files": files})
             for name in files:
                 sync(half / name)
@@ -195,9 +196,8 @@ def load(engine, folder: Path, tag: str) -> dict:
 def verify(folder: Path) -> None:
     manifest = folder / "manifest.json"
     files = read_json(manifest)["files"] if manifest.exists() else None
-    damaged = files is None or next(
-        (name for name, sha in files.items() if not (folder / name).exists() or file_sha256(folder / name) != sha), None
-    )
+    paths = {folder / name: sha for name, sha in (files or {}).items()}
+    damaged = files is None or any(not p.exists() or file_sha256(str(p)) != sha for p, sha in paths.items())
     if damaged:
         stage = folder.name.split("-")[0]
         others = sorted(m.parent.name for m in folder.parent.glob(f"{stage}-*/manifest.json") if m.parent != folder)
@@ -221,16 +221,3 @@ def prune(folder: Path, newest: str) -> None:
     older.sort(key=lambda path: path.stat().st_mtime)
     for old in older[: len(older) - KEEP_CHECKPOINTS + 1]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

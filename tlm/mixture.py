@@ -21,9 +21,6 @@ class MicroBatch:
     examples: np.ndarray
     positions: np.ndarray
 
-    def of_rank(self, rank: int, world: int) -> "MicroBatch":
-        return MicroBatch(self.source, self.examples[rank::world], self.positions[rank::world])
-
 
 @dataclass(frozen=True)
 class Mixture:

@@ -167,7 +167,7 @@ def overview() -> str:
 def help_of(name: str, verb: Verb) -> str:
     rows = [
         (key, kind, "" if default in (None, "") else str(default), text)
-        for key, kind, default, text in configs.help_rows(verb.config)
+        for key, kind, default, text in configs.rows_of(verb.config())
     ]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = [

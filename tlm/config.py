@@ -286,20 +286,14 @@ def type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def help_rows(kind: type, prefix: str = ""):
-    """(key, type, default, help) of every key of a verb, groups flattened."""
-    instance = kind()
-    for f in dataclasses.fields(kind):
-        value = getattr(instance, f.name)
-        if dataclasses.is_dataclass(f.type):
-            yield from help_rows_of(value, f"{prefix}{f.name}.")
+def rows_of(config: Any, prefix: str = ""):
+    """(key, type, value, help) of every key of a configuration, groups flattened."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from rows_of(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", type_name(f.type), value, f.metadata["help"]
-
-
-def help_rows_of(instance: Any, prefix: str):
-    for f in dataclasses.fields(instance):
-        yield f"{prefix}{f.name}", type_name(f.type), getattr(instance, f.name), f.metadata["help"]
 
 
 def to_dict(config: Any) -> dict:
@@ -368,12 +362,3 @@ def validate(config: Any) -> Any:
                 "since rotary positions turn pairs within each head"
             )
     return config
-
-
-def rows_of(config: Any):
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from help_rows_of(value, f"{f.name}.")
-        else:
-            yield f.name, type_name(f.type), value, f.metadata["help"]

@@ -22,7 +22,7 @@ from retrieval.analyze import ANALYZERS
 from retrieval.select import Selection
 from tasks.errors import InputError
 from tasks.types import Task
-from tlm.run import read_json, write_text
+from tlm.run import read_json, write_bytes, write_text
 
 Arms = Mapping[str, dict | Sequence[dict]]  # name -> a run's summary, or those of several seeds
 Runs = Mapping[str, Sequence[Path]]  # name -> run folders, one a seed
@@ -247,10 +247,7 @@ def in_words(panel: Panel, records: Mapping[str, Sequence[list[dict]]]) -> str:
 def plot_curves(runs: Runs, out: Path, metric: str = "accuracy") -> Path:
     """The curves of all arms as one PNG."""
     records = {arm: [read_metrics(run) for run in folders] for arm, folders in runs.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    temporary.write_bytes(picture(panels(metric), records, LIGHT))
-    temporary.replace(out)
+    write_bytes(out, picture(panels(metric), records, LIGHT))
     return out
 
 

@@ -16,11 +16,11 @@ def test_help_names_every_verb(capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_lists_its_keys(verb, capsys):
-    from tlm.config import help_rows
+    from tlm.config import rows_of
 
     assert main([verb, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(key in shown and text in shown for key, _, _, text in help_rows(VERBS[verb].config))
+    assert all(key in shown and text in shown for key, _, _, text in rows_of(VERBS[verb].config()))
 
 
 def test_version(capsys):

@@ -2,6 +2,7 @@
 before it is needed, so that `--help` answers at once."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from tasks.errors import InputError
 from tlm import __version__
 from tlm import config as configs
+from tlm.signals import Stopped
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ def export(config: configs.ExportConfig, names: list[str]) -> int:
     return export_run(names[0], config.out)
 
 
+def bench(config: configs.BenchConfig, names: list[str]) -> int:
+    from importlib import import_module
+
+    from tlm.benches import BENCHES
+
+    if names[0] not in BENCHES:
+        raise InputError(f"{names[0]}: no such bench; use one of {', '.join(BENCHES)}")
+    return import_module(f"tlm.benches.{names[0]}").bench(config)
+
+
 def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
     from tlm.doctor import doctor
 
@@ -75,12 +87,13 @@ VERBS = {
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
+    "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "doctor": Verb(
         "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
     ),
 }
 REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",)}
-POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1)}
+POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "bench": (1, 1)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,8 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"tlm: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            command = shlex.join(["tlm", *arguments])
+            print(f"tlm: stopped by {stopped}; `{command}` goes on from where it is", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
-        print("tlm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("tlm: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `tlm predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -142,10 +160,11 @@ def split_arguments(verb: str, arguments: list[str]) -> tuple[list[str], list[st
     least, most = POSITIONAL.get(verb, (0, 0))
     if not least <= len(names) <= most:
         extra = names[most] if len(names) > most else None
+        what, example = ("bench", "train") if verb == "bench" else ("run", "runs/NAME")
         raise InputError(
             f"{extra}: not key=value and not a .yaml file"
             if extra
-            else f"tlm {verb}: say which run, as in `tlm {verb} runs/NAME`"
+            else f"tlm {verb}: say which {what}, as in `tlm {verb} {example}`"
         )
     return names, [a for a, setting in zip(arguments, is_setting, strict=True) if setting]
 

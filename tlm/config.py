@@ -86,6 +86,9 @@ class StageConfig:
     batch_tokens: int = key(
         2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts"
     )
+    batch_ramp: float = key(
+        0.0, "share of the steps over which the batch grows, linearly, from a quarter to its full size"
+    )
     accumulation: int = key(1, "micro-batches an optimizer step")
     lr: float = key(2e-3, "peak learning rate of AdamW (embeddings, norms, heads; everything if optimizer=adamw)")
     matrix_lr: float = key(1e-2, "peak learning rate of Muon (the layers' matrices)")
@@ -94,6 +97,8 @@ class StageConfig:
     weight_decay: float = key(0.01, "decoupled weight decay of the matrices")
     clip: float = key(1.0, "gradient norm is clipped to this")
     eval_every: int = key(200, "steps between scores on dev (0: never)")
+    average: str = key("none", "mean of the weights over steps, scored and handed on: none, ema or last (plain mean)")
+    average_share: float = key(0.1, "share of the steps that last takes; ema's decay is 1 - 1/(their number)")
 
 
 @dataclass
@@ -126,8 +131,12 @@ class TrainConfig(RunConfig):
     task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
     precision: str = key("fp32", "fp32, or bf16 (on a GPU)")
-    optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest) or adamw")
+    optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest), adamw or adamw8bit")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")
+    keep_checkpoints: int = key(2, "checkpoints that stay on disk; the best weights are kept apart")
+    spike: str = key(
+        "rewind", "answer to a loss spike: rewind (to the last checkpoint, without its batches), skip, stop or log"
+    )
     data: DataConfig = group(DataConfig)
     retrieval: RetrievalConfig = group(RetrievalConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
@@ -181,6 +190,29 @@ class ExportConfig:
 @dataclass
 class DoctorConfig:
     json: bool = key(False, "print JSON instead of tables")
+
+
+@dataclass
+class BenchConfig:
+    task: str = key("", "the task whose texts are used: a folder, a file, a catalog name or hf:name")
+    corpus: str | None = key(None, "general text, selected as in tlm train (absent: the task's texts, without labels)")
+    out: str | None = key(None, "JSON file for all figures, written anew after each case")
+    cases: list[str] = field(
+        default_factory=lambda: ["mlm", "joint", "parts", "growth"],
+        metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
+    )
+    hidden: list[int] = field(
+        default_factory=lambda: [256, 512], metadata={"help": "widths of the model, multiples of 64; growth: the first"}
+    )
+    layers: int = key(4, "depth of the model")
+    vocabulary: int = key(8192, "number of word pieces")
+    max_length: int = key(128, "tokens a text at most; growth makes texts of 1, 2 and 4 times this length")
+    batch_tokens: int = key(2048, "real tokens a step, about; each source's mean length decides the number of texts")
+    steps: int = key(8, "optimizer steps a round, a multiple of 4; each round goes through the same texts once")
+    seconds: int = key(120, "seconds of rounds for each case and width, begun ones finished; at least 3 rounds")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+    seed: int = key(0, "seed of everything random")
+    threads: int = key(0, "CPU threads (0: all cores)")
 
 
 # hidden, layers, heads, intermediate: head dimension 32 to 64; tiny and small are what two CPU cores train in minutes.
@@ -301,7 +333,7 @@ def to_dict(config: Any) -> dict:
 
 
 # Where a run writes and what else may be changed without changing its result.
-NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds")
+NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds", "keep_checkpoints")
 
 
 def sha256(config: Any) -> str:
@@ -318,10 +350,13 @@ CHOICES = {
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),
     "init.source": ("corpus", "selection"),
-    "optimizer": ("muon", "adamw"),
+    "optimizer": ("muon", "adamw", "adamw8bit"),
     "precision": ("fp32", "bf16"),
+    "spike": ("rewind", "skip", "stop", "log"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "finetune.schedule": ("linear", "cosine", "trapezoid", "constant"),
+    "joint.average": ("none", "ema", "last"),
+    "finetune.average": ("none", "ema", "last"),
     "finetune.head": ("fresh", "keep"),
     "split": ("dev", "test"),
 }
@@ -334,7 +369,8 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "checkpoint_seconds": 0,
+    "seeds": 1, "checkpoint_seconds": 0, "keep_checkpoints": 1,
+    "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 
 
@@ -349,7 +385,8 @@ def validate(config: Any) -> Any:
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
-    for name in ("joint.mask_rate", "joint.warmup", "finetune.warmup", "model.dropout", "finetune.dropout"):
+    shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
+    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     if "model.size" in flat and config.model.size in SIZES:

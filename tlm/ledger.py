@@ -56,31 +56,42 @@ class Ledger:
 class Meter:
     """Counts what the steps of a stage do; `read` gives means and rates since the last reading and fills the ledger."""
 
+    COUNTED = ("steps", "loss", "mlm", "masked", "task", "texts", "tokens", "external_tokens", "flops")
+
     def __init__(self, ledger: Ledger, peak_flops: float):
         """`peak_flops`: FLOP/s of the machine's matrix products, for the utilisation (MFU)."""
         self.ledger, self.peak_flops = ledger, peak_flops
 
     def begin(self, stage: str) -> None:
-        """Start counting anew: what happened since the last reading was not training."""
-        self.stage, self.sums, self.since = stage, {}, time.perf_counter()
+        self.stage, self.sums, self.since = stage, dict.fromkeys(self.COUNTED, 0.0), time.perf_counter()
+
+    @contextmanager
+    def paused(self, phase: str):
+        """What happens in here is not training: its seconds go to `phase`."""
+        start = time.perf_counter()
+        with self.ledger.phase(phase):
+            yield
+        self.since += time.perf_counter() - start
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
-            self.sums[name] = self.sums.get(name, 0.0) + amount
+            self.sums[name] += amount
+
+    def total(self, reduce) -> dict[str, float]:
+        """What was added since the last reading; `reduce` sums a list of numbers over all processes."""
+        return dict(zip(self.COUNTED, reduce([self.sums[name] for name in self.COUNTED]), strict=True))
 
     def read(self, reduce) -> dict:
-        """Losses as means, rates, and the ledger's totals. `reduce` sums a list of numbers over all processes."""
-        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
-        names = ("steps", "loss", "mlm", "masked", "task", "texts", "tokens", "external_tokens", "flops")
-        s = dict(zip(names, reduce([self.sums.get(name, 0.0) for name in names]), strict=True))
-        ledger, self.sums = self.ledger, {}
+        """Losses as means, rates, and the ledger's totals."""
+        s, seconds, ledger = self.total(reduce), time.perf_counter() - self.since, self.ledger
+        self.begin(self.stage)
         ledger.add_seconds(self.stage, seconds)
         ledger.flops += int(s["flops"])
         ledger.tokens += int(s["tokens"])
         ledger.external_tokens += int(s["external_tokens"])
         ledger.joint_tokens += int(s["tokens"]) if self.stage == "joint" else 0
         return {
-            "loss": s["loss"] / s["steps"],
+            "loss": s["loss"] / s["steps"] if s["steps"] else None,
             "mlm_loss": s["mlm"] / s["masked"] if s["masked"] else None,
             "task_loss": s["task"] / s["texts"] if s["texts"] else None,
             "tokens": ledger.tokens,
@@ -89,6 +100,20 @@ class Meter:
             "tokens_per_second": round(s["tokens"] / seconds, 1),
             "mfu": round(s["flops"] / seconds / self.peak_flops, 4),
         }
+
+    def state(self, reduce) -> dict:
+        """For a checkpoint at any step: the ledger, and what is not yet in it."""
+        return {
+            "ledger": self.ledger.state(),
+            "sums": self.total(reduce),
+            "elapsed": time.perf_counter() - self.since,
+        }
+
+    def restore(self, state: dict, first: bool) -> None:
+        """`first`: whether this is the first process, which answers for all that was added before."""
+        self.ledger = Ledger(**state["ledger"])
+        self.sums = state["sums"] if first else dict.fromkeys(self.COUNTED, 0.0)
+        self.since = time.perf_counter() - state["elapsed"]
 
 
 def peak_rss_bytes() -> int:

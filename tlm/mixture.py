@@ -2,11 +2,12 @@
 
 Sources follow the paper (arXiv 2111.04130, section 3.2): `external_per_task` external micro-batches, then one task
 micro-batch, and so on. Each source runs through its examples in a new random order every epoch. A draw returns what the
-whole world sees; a rank takes every world-th example, so 1, 2 and 4 processes see the same batches in total.
+whole world sees; a rank takes every world-th example, so 1, 2 and 4 processes see the same batches in total. Batches
+may start small and grow, as the largest useful batch does in training (McCandlish et al. 2018, arXiv 1812.06162).
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -24,13 +25,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sizes and micro-batch sizes (in examples, over all processes) by source; accumulation is micro-batches a step."""
+    """Sizes and micro-batch sizes (in examples, over all processes) by source; accumulation is micro-batches a step.
+
+    Over the first `ramp_steps` steps micro-batches grow linearly from a quarter of `batch` (rounded up).
+    """
 
     seed: int
     sizes: dict[str, int]
     batch: dict[str, int]
     external_per_task: int
     accumulation: int = 1
+    ramp_steps: int = 0
 
     def draw(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step` (from 0), one after the other."""
@@ -38,14 +43,41 @@ class Mixture:
         return [self.micro_batch(first + i) for i in range(self.accumulation)]
 
     def micro_batch(self, index: int) -> MicroBatch:
-        cycle = self.external_per_task + 1 if self.sizes.get(EXTERNAL) else 1
-        tasks_before = index // cycle
-        if index % cycle == cycle - 1:
+        tasks_before = index // self.cycle
+        if index % self.cycle == self.cycle - 1:
             source, nth = TASK, tasks_before
         else:
             source, nth = EXTERNAL, index - tasks_before
-        positions = np.arange(nth * self.batch[source], (nth + 1) * self.batch[source])
+        positions = np.arange(self.examples_before(source, nth), self.examples_before(source, nth + 1))
         return MicroBatch(source, self.examples_at(source, positions), positions)
+
+    @property
+    def cycle(self) -> int:
+        """The pattern of sources repeats after this many micro-batches; the last of them is the task's."""
+        return self.external_per_task + 1 if self.sizes.get(EXTERNAL) else 1
+
+    def examples_before(self, source: str, nth: int) -> int:
+        """Examples in the `nth` first micro-batches of a source: the ramp's from its table, then all of one size."""
+        table = self.ramp[source]
+        ramped = min(nth, len(table) - 1)
+        return int(table[ramped]) + (nth - ramped) * self.batch[source]
+
+    @cached_property
+    def ramp(self) -> dict[str, np.ndarray]:
+        """By source, the examples before each of its micro-batches that begin in the ramp, and before the next."""
+        index = np.arange(self.ramp_steps * self.accumulation)
+        steps, is_task = index // self.accumulation, index % self.cycle == self.cycle - 1
+        share = self.ramp_steps + 3 * steps  # of 4 * ramp_steps; in whole numbers, so that every machine rounds alike
+        return {
+            source: np.cumsum([0, *-(-full * share[is_task == (source == TASK)] // (4 * self.ramp_steps))])
+            for source, full in self.batch.items()
+        }
+
+    @property
+    def smallest(self) -> int:
+        """Examples in the smallest micro-batch of all."""
+        smallest = min(self.batch.values())
+        return -(-smallest // 4) if self.ramp_steps else smallest
 
     def examples_at(self, source: str, positions: np.ndarray) -> np.ndarray:
         size = self.sizes[source]

@@ -2,15 +2,20 @@
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, by a Newton-Schulz iteration.
 At the small batches and few steps of a TLM run it lowers the masked-LM loss most at equal tokens (measured). Matrices
-of one shape are orthogonalised as one batch: on a CPU many small products cost more than one large.
+of one shape are orthogonalised as one batch: on a CPU many small products cost more than one large. Where memory is
+short, AdamW with 8-bit moments (Dettmers et al. 2022) is bitsandbytes' own.
 """
 
+import logging
 import math
 
 import torch
 from torch import nn
 from torch.optim._functional import adamw
 
+from tasks.errors import InputError
+
+BETAS = (0.9, 0.98)  # of every AdamW here
 # Coefficients of the quintic iteration (Jordan et al. 2024): steepest at zero, so that five steps are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -34,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     in one (`pieces[name]`: q, k and v; gate and value) is orthogonalised piece by piece.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95, betas=(0.9, 0.98), eps: float = 1e-8):
+    def __init__(self, groups: list[dict], momentum: float = 0.95, betas=BETAS, eps: float = 1e-8):
         super().__init__(
             groups, dict(lr=0.0, muon=False, pieces=1, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0)
         )
@@ -90,7 +95,7 @@ PIECES = {"Wqkv": 3, "Wi": 2}
 
 
 def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> list[dict]:
-    """Groups for `Muon`: the layers' matrices by shape, then matrices without decay by Muon, then vectors.
+    """Groups for an optimizer: the layers' matrices by shape, then other dense matrices, then what has no decay.
 
     Decay goes to matrices alone: embeddings of rare words, norms and biases it would only pull towards zero. `rate`
     of a group is the stage's learning rate that it follows, "matrix_lr" or "lr".
@@ -110,9 +115,28 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
         dict(params=group, muon=muon, pieces=pieces, weight_decay=weight_decay, rate="matrix_lr" if muon else "lr")
         for (_, pieces), group in matrices.items()
     ]
-    groups.append(dict(params=dense, weight_decay=weight_decay, rate="lr"))
-    groups.append(dict(params=rest, weight_decay=0.0, rate="lr"))
+    groups.append(dict(params=dense, muon=False, weight_decay=weight_decay, rate="lr"))
+    groups.append(dict(params=rest, muon=False, weight_decay=0.0, rate="lr"))
     return [g for g in groups if g["params"]]
+
+
+def build_optimizer(model: nn.Module, optimizer: str, weight_decay: float) -> torch.optim.Optimizer:
+    """muon, adamw or adamw8bit over all parameters of `model`. Raises InputError if adamw8bit is not installed."""
+    groups = parameter_groups(model, optimizer, weight_decay)
+    return adamw8bit()(groups, lr=0.0, betas=BETAS) if optimizer == "adamw8bit" else Muon(groups)
+
+
+def adamw8bit() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' class: moments in 8 bits by blocks of 256; parameters of fewer than 4,096 elements keep 32 bits.
+
+    Under ZeRO the blocks are cut from flat pieces of many parameters, so that losses differ a little between stages.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of 4-bit kernels that nothing here uses
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError("optimizer=adamw8bit: bitsandbytes is missing; pip install 'tlm[lowbit]'") from None
+    return AdamW8bit
 
 
 def muon_flops(hidden: int, intermediate: int, layers: int, steps: int = 5) -> int:

@@ -61,8 +61,10 @@ def plan(config: TrainConfig) -> dict:
         classified = texts / (rho1 + 1) if name == "joint" else texts
         once = 3 * forward_flops(shape, [length] * texts, round(masked), round(classified))
         optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
-        flops[name] = stage.steps * (stage.accumulation * once + optimizer)
-        tokens[name] = stage.steps * stage.accumulation * texts * length
+        full_steps = stage.steps * (1 - 3 / 8 * stage.batch_ramp)  # the mean batch of a ramp is 5/8
+        micro_batches = full_steps * stage.accumulation
+        flops[name] = round(micro_batches * once) + stage.steps * optimizer
+        tokens[name] = round(micro_batches * texts * length)
     from tlm.doctor import matmul_gflops
 
     speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())

@@ -6,28 +6,34 @@ killed and is started again ends with the same weights and losses, to the bit.
 """
 
 import math
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tasks.errors import InputError
 from tlm import engine as engines
 from tlm import evaluate, warmstart
+from tlm.averaging import Average
+from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter
-from tlm.mixture import EXTERNAL, TASK, Mixture
+from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import Transformer, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.prepare import Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
+from tlm.signals import Stopped, StopSignals
+from tlm.spikes import Spikes
 from tlm.tokenizer import MASK, SPECIALS, save_tokenizer
 
-LOG_EVERY = 10  # steps; checkpoints fall on multiples of it, so that no half-filled mean has to be saved
+LOG_EVERY = 10  # steps
 
 
 @dataclass
@@ -39,8 +45,13 @@ class Stage:
     objective: Objective
     mixture: Mixture
     step: int = 0
+    skipped: int = 0  # steps' worth of batches left out after loss spikes
+    spikes: Spikes = field(default_factory=Spikes)
     best: dict = field(default_factory=dict)  # dev scores of the best weights so far
     scores_since_best: int = 0
+
+    def __post_init__(self):
+        self.average = Average(self.config)
 
     @property
     def keeps_best(self) -> bool:
@@ -64,7 +75,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     meter = Meter(ledger, matmul_flops_per_second())
     model = new_model(config, prepared)
     joint, finetune = stages(config, prepared, world)
-    tag = engines.latest(run.checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints)
+    tag = latest(run.checkpoints)
 
     for stage in (joint, finetune):
         if tag and tag.startswith("finetune") and stage is joint:
@@ -73,12 +85,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             fresh_start(model, config)
         engine = engines.initialize(Losses(model), stage.config, config.optimizer, config.precision, config.deepspeed)
         run.begin(prepared.inputs)
+        meter.begin(stage.name)
+        loop = Loop(config, run, prepared, world, progress, checkpoints, stage, model, engine, meter)
         if tag and tag.startswith(stage.name):
-            resume(engine, run, stage, meter, tag, progress)
-        elif stage is finetune:
-            checkpoint(engine, run, stage, meter, world)
-        with progress.phase(stage.name, stage.config.steps):
-            run_stage(stage, engine, model, run, meter, prepared, world, progress, config.checkpoint_seconds)
+            loop.resume(tag)
+        else:
+            loop.checkpoint()
+        with progress.phase(stage.name, stage.config.steps), StopSignals() as signals:
+            loop.steps(signals)
+        checkpoints.wait()
+        stage.average.apply(model)
         engine.destroy()
     return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
 
@@ -106,12 +122,13 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
         source: stage.batch or max(1, round(stage.batch_tokens / examples.lengths.mean()))
         for source, examples in objective.sources.items()
     }
-    if min(batch.values()) < world.size:
+    mixture = Mixture(seed, sizes, batch, rho1, stage.accumulation, round(stage.batch_ramp * stage.steps))
+    if mixture.smallest < world.size:
         raise InputError(
-            f"{name}.batch: a micro-batch of {min(batch.values())} texts is less than one for each of the {world.size} "
-            f"processes; set {name}.batch={world.size} or more"
+            f"{name}.batch: a micro-batch of {mixture.smallest} texts is less than one for each of the {world.size} "
+            f"processes; set {name}.batch={(4 if mixture.ramp_steps else 1) * world.size} or more"
         )
-    return Mixture(seed, sizes, batch, rho1, stage.accumulation)
+    return mixture
 
 
 def new_model(config: TrainConfig, prepared: Prepared) -> Transformer:
@@ -136,62 +153,158 @@ def set_dropout(model: Transformer, rate: float) -> None:
             module.p = rate
 
 
-def run_stage(
-    stage: Stage,
-    engine,
-    model: Transformer,
-    run: Run,
-    meter: Meter,
-    prepared: Prepared,
-    world: World,
-    progress: Progress,
-    checkpoint_seconds: int,
-) -> None:
-    """From `stage.step` to the end of the stage, or until dev scores stop rising."""
-    settings, board = stage.config, tensorboard(run, stage)
-    shape = model.shape
-    by_muon = any(group["muon"] for group in engine.optimizer.param_groups)
-    optimizer_flops = muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
-    saved = time.perf_counter()
-    meter.begin(stage.name)
-    model.train()
-    while stage.step < settings.steps and not exhausted(stage):
-        rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
-        engines.set_rates(engine, settings, rate)
-        torch.manual_seed(stage.mixture.seed * 2**40 + stage.step * 2**10 + world.rank)  # dropout
-        for micro in stage.objective.step(stage.mixture.draw(stage.step), world.rank, world.size):
-            mlm_sum, task_sum = engine(micro.batch, micro.mlm > 0, micro.task > 0)
-            loss = sum(w * s for w, s in ((micro.mlm, mlm_sum), (micro.task, task_sum)) if s is not None)
-            engine.backward(
-                loss * world.size, scale_wrt_gas=False
-            )  # DeepSpeed averages over processes; our weights sum
-            if engine.is_gradient_accumulation_boundary():
-                norm = engines.gradient_norm(engine)
-            engine.step()
-            meter.add(loss=loss.item(), **counts(micro, mlm_sum, task_sum, model))
-        meter.add(steps=1 / world.size, flops=optimizer_flops)
-        stage.step += 1
+@dataclass
+class Loop:
+    """A stage under way."""
 
-        if stage.step % LOG_EVERY == 0 or stage.step == settings.steps:
-            values = meter.read(world.sum) | {"lr": rate * settings.lr, "grad_norm": norm}
-            run.record(stage=stage.name, step=stage.step, kind="train", **values)
-            write_board(board, values, stage.step)
-            progress.update(stage.step, settings.steps, describe(values, stage, prepared.task.metric))
-            if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"{run.folder}: the loss is no longer a number at {stage.name} step {stage.step}; lower "
-                    f"{stage.name}.lr or {stage.name}.matrix_lr and choose another run=NAME"
-                )
-        if settings.eval_every and (stage.step % settings.eval_every == 0 or stage.step == settings.steps):
-            with meter.ledger.phase("evaluation"):
-                score_dev(stage, model, run, prepared, world, board)
-            meter.begin(stage.name)
-        if stage.step % LOG_EVERY == 0 and world.agrees(time.perf_counter() - saved > checkpoint_seconds):
-            checkpoint(engine, run, stage, meter, world)
-            saved = time.perf_counter()
-            meter.begin(stage.name)
-    if board:
-        board.close()
+    config: TrainConfig
+    run: Run
+    prepared: Prepared
+    world: World
+    progress: Progress
+    checkpoints: Checkpoints
+    stage: Stage
+    model: Transformer
+    engine: Any
+    meter: Meter
+
+    def steps(self, signals: StopSignals) -> None:
+        """From `stage.step` to the end of the stage, or until dev scores stop rising."""
+        stage, settings, meter, board = self.stage, self.stage.config, self.meter, tensorboard(self.run, self.stage)
+        saved = time.perf_counter()
+        self.model.train()
+        while stage.step < settings.steps and not exhausted(stage):
+            rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
+            engines.set_rates(self.engine, settings, rate)
+            torch.manual_seed(stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank)  # dropout
+            draw = stage.mixture.draw(stage.step + stage.skipped)
+            loss, norm, amounts = self.gradients(draw)
+            due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds
+            loss, asked, due = self.world.sum([loss, signals.number, due])
+            if trouble := stage.spikes.judge("+".join(micro.source for micro in draw), loss, norm):
+                meter.add(**{name: amounts[name] for name in ("tokens", "external_tokens", "flops")})
+                if self.answer(trouble, draw, loss, norm) == "rewind":
+                    continue
+            else:
+                self.engine.step()
+                meter.add(**amounts)
+            stage.step += 1
+            stage.average.update(self.model)
+
+            last = stage.step == settings.steps
+            if settings.eval_every and (stage.step % settings.eval_every == 0 or last):
+                with meter.paused("evaluation"), stage.average.swapped(self.model):
+                    self.score_dev(board)
+            if stage.step % LOG_EVERY == 0 or last or exhausted(stage):
+                self.log(board, rate, norm)
+            if asked or (due and not stage.spikes.in_row):
+                with meter.paused("checkpoints"):
+                    self.checkpoint()
+                saved = time.perf_counter()
+            if asked:
+                self.checkpoints.wait()
+                raise Stopped(signals.number or signal.SIGTERM)
+        if board:
+            board.close()
+
+    def gradients(self, draw: list[MicroBatch]) -> tuple[float, float, dict[str, float]]:
+        """Forward and backward of a step's micro-batches: this process's part of the loss, the norm of the whole
+        gradient, and what the meter is to add."""
+        amounts = dict.fromkeys(Meter.COUNTED, 0.0)
+        micros = self.stage.objective.step(draw, self.world.rank, self.world.size)
+        for micro in micros:
+            if micro is not micros[0]:
+                self.engine.step()  # DeepSpeed only counts here, up to the last micro-batch
+            mlm_sum, task_sum = self.engine(micro.batch, micro.mlm > 0, micro.task > 0)
+            loss = sum(w * s for w, s in ((micro.mlm, mlm_sum), (micro.task, task_sum)) if s is not None)
+            # DeepSpeed averages over processes; our weights sum
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            for name, amount in counts(micro, loss, mlm_sum, task_sum, self.model).items():
+                amounts[name] += amount
+        amounts["flops"] += self.optimizer_flops
+        amounts["steps"] = 1 / self.world.size
+        return amounts["loss"], engines.gradient_norm(self.engine), amounts
+
+    def answer(self, trouble: str, draw: list[MicroBatch], loss: float, norm: float) -> str:
+        """Do what `spike=` says about a bad step, with a line in metrics.jsonl; returns what was done."""
+        stage, spikes = self.stage, self.stage.spikes
+        action = spikes.action(self.config.spike, math.isfinite(loss + norm))
+        batches = [{"source": micro.source, "examples": micro.examples.tolist()} for micro in draw]
+        self.run.record(
+            stage=stage.name, step=stage.step + 1, kind="spike", trouble=trouble, action=action,
+            loss=finite(loss), grad_norm=finite(norm), batches=batches,
+        )  # fmt: skip
+        self.progress.say(f"{stage.name} step {stage.step + 1}: {trouble}; {action}")
+        if action == "stop":
+            raise InputError(
+                f"{self.run.folder}: {trouble} at {stage.name} step {stage.step + 1}; lower {stage.name}.lr or "
+                f"{stage.name}.matrix_lr and choose another run=NAME"
+            )
+        if action == "log":
+            self.engine.step()
+            return action
+        with engines.idle(self.engine):
+            self.engine.step()
+        if action == "rewind":
+            state = self.checkpoints.load(self.engine, latest(self.run.checkpoints))
+            stage.skipped += stage.step - state["step"] + 1
+            stage.step = state["step"]
+            stage.average.load(state["average"])
+        return action
+
+    def log(self, board, rate: float, norm: float) -> None:
+        stage = self.stage
+        values = self.meter.read(self.world.sum) | {"lr": rate * stage.config.lr, "grad_norm": finite(norm)}
+        self.run.record(stage=stage.name, step=stage.step, kind="train", **values)
+        write_board(board, values, stage.step)
+        self.progress.update(stage.step, stage.config.steps, describe(values, stage, self.prepared.task.metric))
+
+    def score_dev(self, board) -> None:
+        """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
+        stage, dev, metric = self.stage, self.prepared.source("dev"), self.prepared.task.metric
+        scores = evaluate.scores(evaluate.probabilities(self.model, dev, self.world), dev.labels)
+        self.run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
+        write_board(board, {f"dev_{name}": value for name, value in scores.items()}, stage.step)
+        stage.scores_since_best += 1
+        if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
+            stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
+            if stage.keeps_best and self.world.rank == 0:
+                save_model(self.model, self.run.checkpoints / "best")
+
+    def checkpoint(self) -> None:
+        stage = self.stage
+        stage.spikes.rewinds = 0
+        state = {
+            "step": stage.step,
+            "skipped": stage.skipped,
+            "spikes": stage.spikes.state(),
+            "best": stage.best,
+            "scores_since_best": stage.scores_since_best,
+            "average": stage.average.state(),
+            "meter": self.meter.state(self.world.sum),
+            "metrics_bytes": self.run.metrics_bytes(),
+        }
+        self.checkpoints.save(self.engine, f"{stage.name}-{stage.step:06d}", state)
+
+    def resume(self, tag: str) -> None:
+        stage, state = self.stage, self.checkpoints.load(self.engine, tag)
+        stage.step, stage.skipped, stage.spikes = state["step"], state["skipped"], Spikes(**state["spikes"])
+        stage.best, stage.scores_since_best = state["best"], state["scores_since_best"]
+        stage.average.load(state["average"])
+        self.meter.restore(state["meter"], first=self.world.rank == 0)
+        self.run.cut_metrics(state["metrics_bytes"])
+        self.progress.say(f"going on from checkpoint {tag} of {self.run.folder}")
+
+    @property
+    def optimizer_flops(self) -> int:
+        """Of a step, beside the model's: Muon's products."""
+        shape, by_muon = self.model.shape, any(group["muon"] for group in self.engine.optimizer.param_groups)
+        return muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
+
+
+def finite(value: float) -> float | None:
+    """JSON has no word for what is not a number."""
+    return value if math.isfinite(value) else None
 
 
 def exhausted(stage: Stage) -> bool:
@@ -199,13 +312,14 @@ def exhausted(stage: Stage) -> bool:
     return stage.keeps_best and 0 < stage.config.patience <= stage.scores_since_best
 
 
-def counts(micro: Weighted, mlm_sum, task_sum, model: Transformer) -> dict[str, float]:
+def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict[str, float]:
     """What a micro-batch adds to the meter; FLOPs three times those of the forward pass."""
     batch = micro.batch
     tokens = sum(batch.lengths)
     masked = len(batch.masked) if mlm_sum is not None else 0
     texts = len(batch) if task_sum is not None else 0
     return {
+        "loss": loss.item(),
         "tokens": tokens,
         "external_tokens": tokens if micro.source == EXTERNAL else 0,
         "flops": 3 * forward_flops(model.shape, batch.lengths, masked, texts),
@@ -214,40 +328,6 @@ def counts(micro: Weighted, mlm_sum, task_sum, model: Transformer) -> dict[str, 
         "task": task_sum.item() if texts else 0.0,
         "texts": texts,
     }
-
-
-def score_dev(stage: Stage, model: Transformer, run: Run, prepared: Prepared, world: World, board) -> None:
-    """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
-    dev = prepared.source("dev")
-    scores = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels)
-    run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
-    write_board(board, {f"dev_{name}": value for name, value in scores.items()}, stage.step)
-    metric = prepared.task.metric
-    stage.scores_since_best += 1
-    if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
-        stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
-        if stage.keeps_best and world.rank == 0:
-            save_model(model, run.checkpoints / "best")
-
-
-def checkpoint(engine, run: Run, stage: Stage, meter: Meter, world: World) -> None:
-    with meter.ledger.phase("checkpoints"):
-        state = {
-            "step": stage.step,
-            "best": stage.best,
-            "scores_since_best": stage.scores_since_best,
-            "ledger": meter.ledger.state(),
-            "metrics_bytes": run.metrics_bytes(),
-        }
-        engines.save(engine, run.checkpoints, f"{stage.name}-{stage.step:06d}", state, world)
-
-
-def resume(engine, run: Run, stage: Stage, meter: Meter, tag: str, progress: Progress) -> None:
-    state = engines.load(engine, run.checkpoints, tag)
-    stage.step, stage.best, stage.scores_since_best = state["step"], state["best"], state["scores_since_best"]
-    meter.ledger = Ledger(**state["ledger"])
-    run.cut_metrics(state["metrics_bytes"])
-    progress.say(f"going on from checkpoint {tag} of {run.folder}")
 
 
 def finish(config, run, model, finetune, ledger, prepared, progress, world) -> dict:

@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
+import torch
 from scipy import stats
 
 from tlm.mixture import EXTERNAL, TASK, Mixture, uniforms
+from tlm.objectives import Objective, Source
 
 
 def mixture(**changes):
@@ -40,6 +43,85 @@ def test_accumulation_sees_the_examples_of_one_large_batch():
 def test_draws_depend_on_seed_and_step_alone():
     assert np.array_equal(mixture().draw(17)[0].examples, mixture().draw(17)[0].examples)
     assert not np.array_equal(mixture().draw(17)[0].examples, mixture(seed=4).draw(17)[0].examples)
+
+
+def sizes(mixture, steps):
+    """Examples in each micro-batch of each step."""
+    return [[len(micro.examples) for micro in mixture.draw(step)] for step in range(steps)]
+
+
+def test_a_ramp_by_hand():
+    """A quarter of 8 and 3/4 of it over 4 steps, rounded up: 2, 3.5, 5, 6.5; then 8."""
+    only = dict(sizes={TASK: 100}, batch={TASK: 8}, external_per_task=0)
+    assert sizes(mixture(**only, ramp_steps=4), 6) == [[2], [4], [5], [7], [8], [8]]
+    assert sizes(mixture(**only, ramp_steps=4, accumulation=2), 5) == [[2, 2], [4, 4], [5, 5], [7, 7], [8, 8]]
+    assert sizes(mixture(**only), 3) == [[8], [8], [8]]
+    assert mixture(**only, ramp_steps=4).smallest == 2
+    assert mixture(**only).smallest == 8
+
+
+def test_a_ramp_of_both_sources_by_hand():
+    """External batches grow to 8 and task batches to 4; the fourth step is the task's."""
+    assert sizes(mixture(ramp_steps=8), 10) == [[2], [3], [4], [3], [5], [6], [7], [4], [8], [8]]
+    assert mixture(ramp_steps=8).smallest == 1
+
+
+RAMPS = [
+    dict(ramp_steps=0),
+    dict(ramp_steps=7),
+    dict(ramp_steps=7, accumulation=3),
+    dict(ramp_steps=30, accumulation=2, external_per_task=1),
+    dict(ramp_steps=11, sizes={TASK: 10}, batch={TASK: 4}, external_per_task=0),
+]
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_a_ramp_leaves_no_gap_and_every_epoch_holds_each_example_once(ramp):
+    m = mixture(**ramp)
+    micros = [micro for step in range(60) for micro in m.draw(step)]
+    for source, size in m.sizes.items():
+        positions = np.concatenate([micro.positions for micro in micros if micro.source == source])
+        examples = np.concatenate([micro.examples for micro in micros if micro.source == source])
+        assert np.array_equal(positions, np.arange(len(positions)))
+        epochs = len(examples) // size
+        assert epochs >= 2
+        assert all(sorted(examples[e * size : (e + 1) * size]) == list(range(size)) for e in range(epochs))
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_a_ramp_resumed_in_the_middle_sees_what_it_would_have(ramp):
+    through = mixture(**ramp)
+    seen = {step: through.draw(step) for step in range(20)}
+    for step in (13, 5, 19, 0):
+        for a, b in zip(mixture(**ramp).draw(step), seen[step], strict=True):
+            assert a.source == b.source
+            assert np.array_equal(a.positions, b.positions)
+            assert np.array_equal(a.examples, b.examples)
+
+
+def test_without_a_ramp_positions_are_those_of_equal_batches():
+    """What runs before there were ramps saw, to the bit."""
+    for step in (0, 1, 2, 3, 10_000_003):
+        (micro,) = mixture().draw(step)
+        nth, batch = (step // 4, 4) if step % 4 == 3 else (step - step // 4, 8)
+        assert np.array_equal(micro.positions, np.arange(nth * batch, (nth + 1) * batch))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_out_a_ramps_batches(world):
+    """Every step's examples, over the ranks of 1, 2 and 4 processes, are those of one; each rank has some."""
+    m = mixture(batch={EXTERNAL: 32, TASK: 16}, ramp_steps=6, accumulation=2)
+    objective = Objective(
+        {EXTERNAL: Source(lambda i: np.array([2, i, 3]), np.full(40, 3)),
+         TASK: Source(lambda i: np.array([2, 100 + i, 3]), np.full(10, 3), np.arange(10))},
+        0.0, None,
+    )  # fmt: skip
+    for step in range(8):
+        shares = [objective.step(m.draw(step), rank, world) for rank in range(world)]
+        for micro, *ranks in zip(m.draw(step), *shares, strict=True):
+            assert all(len(share.batch) for share in ranks)
+            tokens = torch.cat([share.batch.tokens.reshape(-1, 3)[:, 1] for share in ranks])
+            assert sorted(tokens.tolist()) == sorted(micro.examples + 100 * (micro.source == TASK))
 
 
 def test_uniforms_are_uniform_and_independent():

@@ -1,12 +1,31 @@
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tasks.errors import InputError
+from tlm import engine as engines
+from tlm.batches import pack
+from tlm.config import StageConfig
 from tlm.model import ModelShape, Transformer
-from tlm.optimizers import Muon, muon_flops, orthogonalise, parameter_groups, schedule
+from tlm.objectives import Losses
+from tlm.optimizers import (
+    BETAS,
+    NEWTON_SCHULZ,
+    Muon,
+    adamw8bit,
+    build_optimizer,
+    muon_flops,
+    orthogonalise,
+    parameter_groups,
+    schedule,
+)
+
+OPTIMIZERS = ["muon", "adamw", "adamw8bit"]
 
 
 def run(optimizer, parameters, steps, seed=0):
@@ -20,6 +39,25 @@ def run(optimizer, parameters, steps, seed=0):
 def copies(*shapes):
     generator = torch.Generator().manual_seed(9)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def distance(ours, theirs, start):
+    """How far apart two runs ended, as a share of how far they went."""
+    ours, theirs, start = (torch.cat([p.detach().flatten() for p in x]) for x in (ours, theirs, start))
+    return ((ours - theirs).norm() / (theirs - start).norm()).item()
+
+
+def model(vocabulary=300, hidden=64):
+    return Transformer(ModelShape(vocabulary, hidden, 2, 2, 96, 16, 3), torch.Generator().manual_seed(0))
+
+
+def built(kind, weight_decay=0.1, lr=0.01):
+    """A model, its parameters and its optimizer, ready to step."""
+    net = model()
+    optimizer = build_optimizer(net, kind, weight_decay)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return net, list(net.parameters()), optimizer
 
 
 def test_adamw_is_torchs_over_50_steps():
@@ -51,6 +89,84 @@ def test_muon_is_the_formula_over_50_steps(shape):
     np.testing.assert_allclose(ours.detach().numpy(), w, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize(("their_precision", "apart"), [("float", 1e-4), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 6), (6, 12)])
+def test_muon_is_torchs_over_50_steps(shape, their_precision, apart, monkeypatch):
+    """torch orthogonalises in bfloat16, ours in the matrix's precision: the same once theirs computes in float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", getattr(torch.Tensor, their_precision))
+    ours, theirs, start = copies(shape), copies(shape), copies(shape)
+    run(Muon([dict(params=ours, lr=0.02, weight_decay=0.1, muon=True)]), ours, 50)
+    run(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95), theirs, 50)
+    assert distance(ours, theirs, start) < apart
+
+
+def test_adamw8bit_is_bitsandbytes_and_near_torchs_adamw_over_50_steps():
+    from bitsandbytes.optim import AdamW8bit
+
+    net, ours, optimizer = built("adamw8bit")
+    theirs, exact, start = (list(model().parameters()) for _ in range(3))
+    decayed = {name for name, p in net.named_parameters() if p.ndim == 2 and "tok_embeddings" not in name}
+    for kind, parameters in ((AdamW8bit, theirs), (torch.optim.AdamW, exact)):
+        named = list(zip((name for name, _ in net.named_parameters()), parameters, strict=True))
+        groups = [
+            dict(params=[p for name, p in named if (name in decayed) == decays], weight_decay=0.1 * decays)
+            for decays in (True, False)
+        ]
+        run(kind(groups, lr=0.01, betas=BETAS), parameters, 50)
+    run(optimizer, ours, 50)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert 1e-4 < distance(ours, exact, start) < 0.05
+
+
+def test_adamw8bit_keeps_moments_in_8_bits():
+    _, parameters, optimizer = built("adamw8bit")
+    run(optimizer, parameters, 1)
+    for p in parameters:
+        assert optimizer.state[p]["state1"].dtype == (torch.uint8 if p.numel() >= 4096 else torch.float32)
+
+
+def test_a_missing_bitsandbytes_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InputError, match=r"pip install 'tlm\[lowbit\]'$"):
+        build_optimizer(model(), "adamw8bit", 0.1)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_saved_optimizer_goes_on_to_the_bit(kind):
+    net, parameters, optimizer = built(kind)
+    run(optimizer, parameters, 10)
+    file = io.BytesIO()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+    again, resumed, other = built(kind, lr=0.5)
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    for steps, opt in ((parameters, optimizer), (resumed, other)):
+        run(opt, steps, 10, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_deepspeed_trains_with_each_optimizer(kind):
+    """Through `engines.initialize`: on one batch, over and over, each step lowers the loss."""
+    engines.launch()
+    net = model()
+    stage = StageConfig(weight_decay=0.0, clip=0.0, matrix_lr=1e-3, lr=1e-3)
+    engine = engines.initialize(Losses(net), stage, kind, "fp32", {})
+    engines.set_rates(engine, stage, 1.0)
+    assert isinstance(engine.basic_optimizer, adamw8bit() if kind == "adamw8bit" else Muon)
+    batch = pack([np.arange(2, 14), np.arange(5, 20)], labels=np.array([0, 2]))
+    losses = []
+    for _ in range(5):
+        _, loss = engine(batch, False, True)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    engine.destroy()
+
+
 def test_orthogonalise_brings_singular_values_near_one():
     """Jordan et al.: five steps bring singular values into about [0.7, 1.2], and keep the singular vectors."""
     matrix = torch.randn(4, 20, 12, generator=torch.Generator().manual_seed(0))
@@ -59,6 +175,17 @@ def test_orthogonalise_brings_singular_values_near_one():
     assert torch.linalg.svdvals(out).max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.97
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (12, 6), (6, 12)])
+def test_orthogonalise_is_its_polynomial_of_the_singular_values(shape):
+    """By an SVD: five times s <- a s + b s^3 + c s^5, from s over the Frobenius norm."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        s = sum(c * s**power for c, power in zip(NEWTON_SCHULZ, (1, 3, 5), strict=True))
+    torch.testing.assert_close(orthogonalise(matrix), u * s.unsqueeze(-2) @ v, rtol=1e-5, atol=1e-5)
 
 
 def test_matrices_that_are_several_in_one_are_orthogonalised_each_by_itself():
@@ -75,16 +202,29 @@ def test_matrices_that_are_several_in_one_are_orthogonalised_each_by_itself():
     torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(kind):
-    model = Transformer(ModelShape(50, 16, 2, 2, 24, 16, 3), torch.Generator().manual_seed(0))
-    groups = parameter_groups(model, kind, 0.1)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_parameter_is_in_one_group_and_follows_its_rate(kind):
+    net = model()
+    groups = parameter_groups(net, kind, 0.1)
     held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    for name, p in model.named_parameters():
-        assert (id(p) in decayed) == (p.ndim == 2 and "tok_embeddings" not in name), name
+    assert sorted(held) == sorted(id(p) for p in net.parameters())
     assert any(group["rate"] == "matrix_lr" for group in groups) == (kind == "muon")
+    assert all(group["muon"] == (group["rate"] == "matrix_lr") for group in groups)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_weight_decay_is_for_matrices_alone(kind):
+    """Where gradients are 0, a step of rate 0.5 and decay 0.1 takes 5% of matrices, and nothing of all else."""
+    net, parameters, optimizer = built(kind, weight_decay=0.1, lr=0.5)
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for (name, p), old in zip(net.named_parameters(), before, strict=True):
+        if p.ndim == 2 and "tok_embeddings" not in name:
+            torch.testing.assert_close(p.detach(), 0.95 * old)
+        else:
+            assert torch.equal(p, old), name
 
 
 def test_muon_flops_are_those_of_its_products():
@@ -100,9 +240,21 @@ def test_muon_flops_are_those_of_its_products():
     assert muon_flops(16, 24, 3) == counter.get_total_flops()
 
 
-def test_schedules_by_hand():
-    share = [schedule("linear", step, 10, 0.2) for step in range(10)]
-    assert share == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert schedule("cosine", 6, 10, 0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert [schedule("trapezoid", step, 100, 0) for step in (10, 39, 70)] == pytest.approx([1, 1, 0.5])
-    assert schedule("constant", 99, 100, 0.1) == 1.0
+@pytest.mark.parametrize(
+    ("kind", "after_warmup"),
+    [
+        ("linear", [8 / 8, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", [0.5 + 0.5 * math.cos(math.pi * n / 8) for n in range(8)]),
+        ("trapezoid", [1, 1, 1, 1, 5 / 6, 5 / 8, 5 / 12, 5 / 24]),  # 4/8 over 0.6, 3/8 over 0.6, ...
+        ("constant", [1] * 8),
+    ],
+)
+def test_schedules_by_hand(kind, after_warmup):
+    """10 steps of which 2 warm up, to half the peak and to the peak."""
+    assert [schedule(kind, step, 10, 0.2) for step in range(10)] == pytest.approx([0.5, 1, *after_warmup])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
+def test_schedules_end_near_0_and_start_at_the_peak_without_warmup(kind):
+    assert schedule(kind, 0, 1000, 0) == 1
+    assert 0 < schedule(kind, 999, 1000, 0) < 2e-3

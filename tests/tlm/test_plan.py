@@ -30,3 +30,14 @@ def test_the_plan_counts_the_parameters_that_the_model_has(tiny_task):
     shape = ModelShape(500, 128, 4, 4, 256, 128, 3)
     real = sum(p.numel() for p in Transformer(shape, torch.Generator().manual_seed(0)).parameters())
     assert plan(config)["model"]["parameters"] == pytest.approx(real, rel=0.005)
+
+
+def test_a_batch_ramp_costs_the_area_under_it(tiny_task):
+    """From 1/4 to 1 over half of the steps: 5/8 of that half is seen, 13/16 of all."""
+    plain, ramped = (
+        plan(validate(load(TrainConfig, [f"task={tiny_task}", "optimizer=adamw", f"finetune.batch_ramp={ramp}"])))
+        for ramp in (0, 0.5)
+    )
+    for what in ("tokens", "flops"):
+        assert ramped[what]["finetune"] == pytest.approx(13 / 16 * plain[what]["finetune"], rel=1e-3)
+        assert ramped[what]["joint"] == plain[what]["joint"]

@@ -1,5 +1,6 @@
 """Whole runs on the tiny task: same losses to the bit, killed and resumed, on two processes, and what is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tlm import trainer
 from tlm.cli import main
 
 RUN = [
@@ -116,7 +119,7 @@ def test_a_name_that_exists_with_another_configuration_is_refused(arguments, tmp
 
 KILLED = """
 import os, signal, sys
-from tlm import engine, trainer
+from tlm import checkpoints, engine, trainer
 from tlm.cli import main
 where, count = sys.argv[1], int(sys.argv[2])
 
@@ -135,18 +138,27 @@ def killing(function, before):
 
 if where == "step":
     engine.set_rates = killing(engine.set_rates, before=True)
-elif where == "hash":  # DeepSpeed has written its files, the manifest is not there yet
-    engine.file_sha256 = killing(engine.file_sha256, before=True)
+elif where == "commit":  # the files are written, the manifest is not there yet
+    checkpoints.Checkpoints.commit = killing(checkpoints.Checkpoints.commit, before=True)
 elif where == "prune":  # the checkpoint is renamed and named the latest; the old ones are still there
-    engine.prune = killing(engine.prune, before=True)
+    checkpoints.prune = killing(checkpoints.prune, before=True)
+elif where == "term":  # a polite request, in the middle of a step
+    set_rates, calls = engine.set_rates, []
+    def asked(*arguments):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        set_rates(*arguments)
+    engine.set_rates = asked
 elif where == "best":
     trainer.save_model = killing(trainer.save_model, before=False)
-main(sys.argv[3:])
+sys.exit(main(sys.argv[3:]))
 """
 
 
 @pytest.mark.parametrize(
-    ("where", "count"), [("step", 1), ("step", 17), ("step", 41), ("step", 55), ("hash", 3), ("prune", 2), ("best", 1)]
+    ("where", "count"),
+    [("step", 1), ("step", 17), ("step", 41), ("step", 55), ("commit", 3), ("prune", 2), ("best", 1)],
 )
 def test_a_killed_run_goes_on_to_the_same_end_to_the_bit(where, count, arguments, finished, tmp_path):
     arguments = [*arguments, "run=killed"]
@@ -179,6 +191,123 @@ def test_a_run_killed_from_outside_at_any_moment_goes_on(arguments, finished, tm
     assert same_weights(tmp_path / "killed", finished)
 
 
+@pytest.mark.parametrize("step", [17, 48])
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(step, arguments, finished, tmp_path):
+    """No checkpoint was due: the one that SIGTERM causes falls between two lines of metrics."""
+    arguments = [*arguments, "run=asked", "checkpoint_seconds=1000"]
+    command = [sys.executable, "-c", KILLED, "term", str(step), *arguments]
+    asked = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert asked.returncode == 128 + signal.SIGTERM, asked.stderr
+    assert "run=asked checkpoint_seconds=1000` goes on" in asked.stderr.splitlines()[-1]
+    assert (tmp_path / "asked" / "ckpt" / "latest").read_text().strip().endswith(f"{(step - 1) % 40 + 1:06d}")
+    assert main(arguments) == 0
+    assert losses(tmp_path / "asked") == losses(finished)
+    assert same_weights(tmp_path / "asked", finished)
+    assert scores(tmp_path / "asked") == scores(finished)
+
+
+def spikes(run):
+    return [record for record in losses(run) if record["kind"] == "spike"]
+
+
+def poisoned(monkeypatch, is_bad, spoil):
+    """`spoil(loop)` before each step whose batches satisfy `is_bad(draw)`."""
+    gradients = trainer.Loop.gradients
+
+    def wrapped(loop, draw):
+        if is_bad(loop, draw):
+            return spoil(loop, draw, gradients)
+        return gradients(loop, draw)
+
+    monkeypatch.setattr(trainer.Loop, "gradients", wrapped)
+
+
+def as_nan(loop, draw, gradients):
+    _, _, amounts = gradients(loop, draw)
+    for p in loop.model.parameters():
+        if p.grad is not None:
+            p.grad.fill_(torch.nan)
+    return torch.nan, torch.nan, amounts
+
+
+@pytest.mark.parametrize("policy", ["rewind", "skip"])
+def test_a_poisoned_batch_costs_a_batch(policy, arguments, tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda loop, draw: draw[0].source == "external" and 80 in draw[0].positions, as_nan)
+    assert main([*arguments, "run=poisoned", f"spike={policy}"]) == 0
+    (spike,) = spikes(tmp_path / "poisoned")
+    assert spike["action"] == policy
+    assert spike["loss"] is None
+    assert spike["step"] == 14  # the external batches of 8 texts are steps 1, 2, 3, 5, 6, 7, ...: the eleventh
+    assert len(spike["batches"][0]["examples"]) == 8
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "poisoned").values())
+    steps = [r["step"] for r in losses(tmp_path / "poisoned") if r["kind"] == "train" and r["stage"] == "joint"]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_a_weight_that_is_no_number_is_rewound(arguments, finished, tmp_path, monkeypatch):
+    """The weight breaks after a sound step: a checkpoint from before is whole, and one step is done again."""
+    broken = []
+
+    def breaks(loop, draw):
+        return loop.stage.name == "joint" and loop.stage.step == 25 and not broken
+
+    def spoil(loop, draw, gradients):
+        broken.append(True)
+        with torch.no_grad():
+            loop.model.model.layers[0].attn.Wo.weight[0, 0] = torch.nan
+        return gradients(loop, draw)
+
+    poisoned(monkeypatch, breaks, spoil)
+    assert main([*arguments, "run=broken"]) == 0
+    (spike,) = spikes(tmp_path / "broken")
+    assert (spike["action"], spike["step"]) == ("rewind", 26)
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "broken").values())
+
+
+def test_an_exploding_rate_stops_the_run_after_three_rewinds(arguments, tmp_path, monkeypatch, capsys):
+    set_rates = trainer.engines.set_rates
+
+    def explode(engine, stage, share):
+        set_rates(engine, stage, share * (1e4 if explode.calls > 25 else 1))
+        explode.calls += 1
+
+    explode.calls = 0
+    monkeypatch.setattr(trainer.engines, "set_rates", explode)
+    assert main([*arguments, "run=exploding", "checkpoint_seconds=1000"]) == 2
+    assert "lower joint.lr" in capsys.readouterr().err.splitlines()[-1]
+    assert [spike["action"] for spike in spikes(tmp_path / "exploding")] == ["rewind"] * 3 + ["stop"]
+    assert not (tmp_path / "exploding" / "summary.json").exists()
+
+
+def test_a_healthy_run_has_no_spikes(finished):
+    assert not spikes(finished)
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code(arguments, tmp_path, capsys):
+    arguments = [*arguments, "run=stranger"]
+    stopped_midway(arguments)
+    checkpoints = tmp_path / "stranger" / "ckpt"
+    folder = checkpoints / (checkpoints / "latest").read_text().strip()
+    (states,) = folder.glob("*.pt")
+    torch.save({"module": Evil(str(tmp_path / "harm"))}, states)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][states.name] = hashlib.sha256(states.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main(arguments) == 2
+    assert "more than tensors" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "harm").exists()
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
 def stopped_midway(arguments):
     subprocess.run([sys.executable, "-c", KILLED, "step", "35", *arguments], capture_output=True, env=environment())
 
@@ -194,22 +323,22 @@ def test_a_truncated_checkpoint_is_named_and_nothing_else_is_touched(arguments, 
     message = capsys.readouterr().err.splitlines()[-1]
     assert newest in message
     assert "damaged" in message
-    others = sorted(p.name for p in checkpoints.iterdir() if p.is_dir() and p.name not in (newest, "best"))
+    others = sorted(p.parent.name for p in checkpoints.glob("*/manifest.json") if p.parent.name != newest)
     assert others[-1] in message
     (checkpoints / "latest").write_text(others[-1])  # the mend that the message names
     assert main(arguments) == 0
 
 
 def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_last_one(arguments, finished, tmp_path):
-    """A file size limit stands for the full disk: the write fails in the middle of DeepSpeed's file."""
+    """A file size limit stands for the full disk: the write fails in the middle of a file."""
     arguments = [*arguments, "run=full"]
     stopped_midway(arguments)
     latest = (tmp_path / "full" / "ckpt" / "latest").read_text()
     code = (
-        "import resource, signal, sys; from tlm.cli import main; from tlm import engine\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); save = engine.save\n"
+        "import resource, signal, sys; from tlm.cli import main; from tlm.checkpoints import Checkpoints\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); save = Checkpoints.save\n"
         "def full(*a):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); save(*a)\n"
-        "engine.save = full; sys.exit(main(sys.argv[1:]))"
+        "Checkpoints.save = full; sys.exit(main(sys.argv[1:]))"
     )
     failed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment())
     assert failed.returncode == 2, failed.stderr

@@ -77,7 +77,7 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
             "report": task.report,
         },
         "selection": None,
-        "cost": ledger.cost(0),
+        "cost": ledger.cost(0, config.price_per_hour),
         "config_sha256": run.config_sha256,
     }
     write_text(run.folder / "predictions.jsonl", prediction_lines(task, probabilities))

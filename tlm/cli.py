@@ -37,7 +37,7 @@ def train(config: configs.TrainConfig, names: list[str]) -> int:
     from rich.console import Console
 
     from tlm.arms import run
-    from tlm.report import table
+    from tlm.tables import table
 
     summary = run(config)
     if os.environ.get("RANK", "0") == "0":
@@ -64,6 +64,12 @@ def export(config: configs.ExportConfig, names: list[str]) -> int:
     return export_run(names[0], config.out)
 
 
+def report(config: configs.ReportConfig, names: list[str]) -> int:
+    from tlm.report import report
+
+    return report(names, config)
+
+
 def bench(config: configs.BenchConfig, names: list[str]) -> int:
     from importlib import import_module
 
@@ -87,13 +93,14 @@ VERBS = {
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
+    "report": Verb("one HTML page and PNGs from run folders, finished or not", "RUN ...", configs.ReportConfig, report),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "doctor": Verb(
         "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
     ),
 }
 REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",)}
-POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "bench": (1, 1)}
+POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "report": (1, 99), "bench": (1, 1)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -137,6 +137,11 @@ class TrainConfig(RunConfig):
     spike: str = key(
         "rewind", "answer to a loss spike: rewind (to the last checkpoint, without its batches), skip, stop or log"
     )
+    boards: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "where curves go beside metrics.jsonl: any of tensorboard, wandb, mlflow; [] for none"},
+    )
+    price_per_hour: float = key(0.0, "price of the machine an hour, for --dry-run and the cost")
     data: DataConfig = group(DataConfig)
     retrieval: RetrievalConfig = group(RetrievalConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
@@ -188,6 +193,11 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    out: str = key("report.html", "the page to write; its pictures go into a folder of its name, as PNGs")
+
+
+@dataclass
 class DoctorConfig:
     json: bool = key(False, "print JSON instead of tables")
 
@@ -210,6 +220,7 @@ class BenchConfig:
     batch_tokens: int = key(2048, "real tokens a step, about; each source's mean length decides the number of texts")
     steps: int = key(8, "optimizer steps a round, a multiple of 4; each round goes through the same texts once")
     seconds: int = key(120, "seconds of rounds for each case and width, begun ones finished; at least 3 rounds")
+    kills: int = key(100, "of bench resume: how often runs are killed")
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")
@@ -297,6 +308,8 @@ def check_keys(given: dict, kind: type, where: str, prefix: str = "") -> dict:
             raise InputError(f"{where}: key {prefix}{name} needs a value of type {type_name(inner)}")
         elif inner is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)  # YAML reads run=42 as a number
+        elif typing.get_origin(inner) is list and isinstance(value, str):
+            value = [value]  # boards=wandb
         checked[name] = value
     return checked
 
@@ -333,7 +346,7 @@ def to_dict(config: Any) -> dict:
 
 
 # Where a run writes and what else may be changed without changing its result.
-NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds", "keep_checkpoints")
+NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "boards", "price_per_hour")
 
 
 def sha256(config: Any) -> str:
@@ -353,6 +366,7 @@ CHOICES = {
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "precision": ("fp32", "bf16"),
     "spike": ("rewind", "skip", "stop", "log"),
+    "boards": ("tensorboard", "wandb", "mlflow"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "finetune.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "joint.average": ("none", "ema", "last"),
@@ -369,7 +383,7 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "checkpoint_seconds": 0, "keep_checkpoints": 1,
+    "seeds": 1, "kills": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 
@@ -378,10 +392,12 @@ def validate(config: Any) -> Any:
     """Refuse values that cannot mean anything; fill the model's sizes in from its preset. Returns the config."""
     flat = {name: value for name, _, value, _ in rows_of(config)}
     for name, choices in CHOICES.items():
-        if flat.get(name) is not None and flat[name] not in choices:
-            near = difflib.get_close_matches(str(flat[name]), choices, 1)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
-            raise InputError(f"{name}={flat[name]}: not a valid choice; {hint}")
+        given = flat.get(name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in choices:
+                near = difflib.get_close_matches(str(value), choices, 1)
+                hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
+                raise InputError(f"{name}={value}: not a valid choice; {hint}")
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")

@@ -5,9 +5,11 @@ Each picture is drawn for a light and for a dark page, and is told in words for 
 
 import io
 import json
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from tasks.errors import InputError
 from tlm.page import Html, by_day_and_night
+from tlm.run import write_bytes
 from tlm.tables import arm_title
 
 Records = Mapping[str, Sequence[list[dict]]]  # name -> the records of its runs, one list a seed
@@ -89,10 +92,12 @@ def read_metrics(run: Path) -> list[dict]:
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            records.append(json.loads(line))
-            assert {"stage", "step", "kind"} <= records[-1].keys()
-        except (ValueError, AttributeError, AssertionError):
-            raise InputError(f"{path}, line {number}: not a record; remove the line, or run again") from None
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"stage", "step", "kind"} <= record.keys():
+            raise InputError(f"{path}, line {number}: not a record of a step; remove the line, or run again")
+        records.append(record)
     return records
 
 
@@ -124,14 +129,17 @@ def spikes(records: Sequence[dict]) -> list[dict]:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
+def styles(names: Iterable[str], ink: Ink) -> list[tuple[str, str]]:
+    """(dash, colour) of each line: the arms have their own, the others those that are left, from the first again."""
+    own = {name: (DASHES[name], ink.arms[name]) for name in names if name in DASHES}
+    left = cycle([pair for pair in product(OTHER_DASHES, ink.others) if pair not in own.values()])
+    return [own.get(name) or next(left) for name in names]
+
+
 def draw(axes, ink: Ink, panel: Panel, records: Records) -> None:
     """One panel: a line for each arm, thin ones where it has several seeds; triangles where loss spikes were."""
-    other, marked = 0, []
-    for arm, of_arm in records.items():
-        colour, dash = ink.arms.get(arm), DASHES.get(arm, "-")
-        if colour is None:
-            rounds, place = divmod(other, len(ink.others))
-            colour, dash, other = ink.others[place], OTHER_DASHES[rounds % len(OTHER_DASHES)], other + 1
+    marked = []
+    for (arm, of_arm), (dash, colour) in zip(records.items(), styles(records, ink), strict=True):
         label = arm_title(arm)
         for run in of_arm:
             found = curve(run, panel)
@@ -164,17 +172,17 @@ def draw_costs(axes, ink: Ink, title: str, costs: Costs) -> None:
         kept = {phase} if phase in largest else totals.keys() - set(largest)
         width = np.array([sum(seconds for p, seconds in of.items() if p in kept) for of in costs.values()])
         if width.any():
-            axes.barh(named, width, left=left, height=0.6, color=colour, edgecolor=ink.page, label=words_of(phase))
+            axes.barh(named, width, left=left, height=0.6, color=colour, edgecolor=ink.page, label=phase_title(phase))
         left += width
     axes.invert_yaxis()
     axes.set_xlabel("seconds", color=ink.text)
     axes.grid(axis="x", color=ink.line, linewidth=0.6)
     axes.set_axisbelow(True)
-    dress(axes, ink, title, legend_size=9, bbox_to_anchor=(1, 1), loc="upper left")
+    dress(axes, ink, title, legend_size=9, of=axes.figure, ncols=3, loc="outside lower center")
 
 
-def dress(axes, ink: Ink, title: str, legend_size: int, **legend) -> None:
-    """What all pictures have in common."""
+def dress(axes, ink: Ink, title: str, legend_size: int, of=None, **legend) -> None:
+    """What all pictures have in common. `of`: what the legend belongs to, if not the axes; `legend`: where it is."""
     axes.set_title(title, loc="left", fontsize=11, color=ink.text)
     axes.set_facecolor(ink.page)
     axes.tick_params(colors=ink.text, length=0)
@@ -182,10 +190,10 @@ def dress(axes, ink: Ink, title: str, legend_size: int, **legend) -> None:
         spine.set_visible(side == "bottom")
         spine.set_color(ink.line)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=legend_size, labelcolor=ink.text, **legend)
+        (of or axes).legend(frameon=False, fontsize=legend_size, labelcolor=ink.text, **legend)
 
 
-def picture(drawings: Sequence[Callable], ink: Ink, width: float = 4.4, height: float = 3.3) -> bytes:
+def render(drawings: Sequence[Callable], ink: Ink, width: float = 4.4, height: float = 3.3) -> bytes:
     """A PNG with the drawings in a row. `drawings`: functions of (axes, ink); sizes in inches, of one of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -199,33 +207,44 @@ def picture(drawings: Sequence[Callable], ink: Ink, width: float = 4.4, height: 
     return out.getvalue()
 
 
-class Figure(NamedTuple):
+class Picture(NamedTuple):
+    title: str
     light: bytes  # a PNG, as the other
     dark: bytes
     words: str
 
+    @property
+    def slug(self) -> str:
+        """A file's name: lower case, one hyphen between words."""
+        return "-".join(re.findall(r"\w+", self.title.lower()))
+
     def element(self) -> Html:
-        return by_day_and_night(*self)
+        return by_day_and_night(self.light, self.dark, self.words)
 
 
-def panel_figure(panel: Panel, records: Records) -> Figure:
+def panel_picture(panel: Panel, records: Records) -> Picture:
     drawing = partial(draw, panel=panel, records=records)
-    return Figure(picture([drawing], LIGHT), picture([drawing], DARK), in_words(panel, records))
+    return Picture(panel.title, render([drawing], LIGHT), render([drawing], DARK), in_words(panel, records))
 
 
-def cost_figure(title: str, costs: Costs) -> Figure:
-    drawing, height = partial(draw_costs, title=title, costs=costs), 1.6 + 0.35 * len(costs)
-    light, dark = (picture([drawing], ink, 9.0, max(2.4, height)) for ink in (LIGHT, DARK))
-    totals = [f"{arm_title(name)} {sum(of.values()):,.0f}, " + phases_in_words(of) for name, of in costs.items()]
-    return Figure(light, dark, f"{title}: {'; '.join(totals)}.")
+def plot_curves(records: Records, out: Path, metric: str = "accuracy") -> None:
+    """What all arms learnt, as one PNG."""
+    write_bytes(out, render([partial(draw, panel=panel, records=records) for panel in panels(metric)], LIGHT))
 
 
-def phases_in_words(seconds: Mapping[str, float]) -> str:
+def cost_picture(title: str, costs: Costs) -> Picture:
+    drawing, height = partial(draw_costs, title=title, costs=costs), 1.7 + 0.35 * len(costs)
+    words = "; ".join(f"{arm_title(name)} {sum(of.values()):,.0f}{largest_two(of)}" for name, of in costs.items())
+    light, dark = (render([drawing], ink, height=height) for ink in (LIGHT, DARK))
+    return Picture(title, light, dark, f"{title}: {words}.")
+
+
+def largest_two(seconds: Mapping[str, float]) -> str:
     largest = sorted(seconds, key=lambda phase: -seconds[phase])[:2]
-    return "most of them " + " and ".join(f"{words_of(phase)} {seconds[phase]:,.0f}" for phase in largest)
+    return ", most of it " + " and ".join(f"{phase_title(phase)} {seconds[phase]:,.0f}" for phase in largest)
 
 
-def words_of(phase: str) -> str:
+def phase_title(phase: str) -> str:
     return phase.replace("_", " ")
 
 

@@ -108,7 +108,12 @@ def versions(runs: Path) -> list[Check]:
     return [*checks, Check(section, "demo's data", "absent" if missing else "ok", found, mend)]
 
 
-EXTRAS = {"hub": "for task=hf:NAME", "lowbit": "for optimizer=adamw8bit", "test": "for make test"}
+EXTRAS = {
+    "hub": "for task=hf:NAME",
+    "lowbit": "for optimizer=adamw8bit",
+    "boards": "for boards=wandb and boards=mlflow",
+    "test": "for make test",
+}
 
 
 def version(package: str) -> str | None:

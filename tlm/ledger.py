@@ -42,14 +42,15 @@ class Ledger:
     def state(self) -> dict:
         return {**vars(self), "seconds": dict(self.seconds)}
 
-    def cost(self, parameters: int) -> dict:
-        """The `cost` entry of a run's summary."""
+    def cost(self, parameters: int, price_per_hour: float = 0.0) -> dict:
+        """The `cost` entry of a run's summary. `money`: all seconds at the price of the machine an hour."""
         return {
             "flops": int(self.flops),
             "flops_paper": paper_flops(parameters, self.joint_tokens),
             "tokens": int(self.tokens),
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
             "peak_rss_bytes": peak_rss_bytes(),
+            "money": round(price_per_hour * sum(self.seconds.values()) / 3600, 4),
         }
 
 

@@ -37,8 +37,13 @@ def section(title: str, note: str | None, *content: Html) -> Html:
 
 
 def grid(label: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    """A table that scrolls sideways where the screen is narrow. A row's first cell names it; `label` is read aloud."""
-    head = element("tr", *(element("th", title, scope="col") for title in heads))
+    """A table that scrolls sideways where the screen is narrow. A row's first cell names it; `label` is read aloud.
+
+    Cells are strings or `td` elements; columns of `words` elements begin at the left, as their heads do.
+    """
+    left = {i for row in rows for i, cell in enumerate(row) if isinstance(cell, Html) and 'class="words' in cell}
+    classes = ["words" if i in left else None for i in range(len(heads))]
+    head = element("tr", *(element("th", t, scope="col", class_=c) for t, c in zip(heads, classes, strict=True)))
     body = [element("tr", element("th", first, scope="row"), *map(as_cell, rest)) for first, *rest in rows]
     table = element("table", element("thead", head), element("tbody", *body))
     return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=label)

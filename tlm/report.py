@@ -1,276 +1,247 @@
-"""What came of the arms: a table for the terminal, curves as PNG, and one HTML page that needs nothing beside it.
+"""Pages: `tlm report` on any runs, finished or not; and the demo's on its arms, with texts and predictions."""
 
-The page holds its own style and pictures, so that it can be mailed and still be read in years; the price is pictures in
-base64, a third larger. Texts in it come from users' data: `element` escapes every string that it was not given as Html.
-An arm is one run, or several that differ in their seed alone: scores are then their mean and standard deviation.
-"""
-
-import base64
-import html
-import io
 import json
-import math
 import re
 import statistics
-import string
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from retrieval.analyze import ANALYZERS
 from retrieval.select import Selection
 from tasks.errors import InputError
 from tasks.types import Task
-from tlm.run import read_json, write_bytes, write_text
+from tlm.config import NOT_THE_RESULT, ReportConfig, read_yaml
+from tlm.curves import (
+    SPEED,
+    STEPS,
+    TOTAL,
+    Picture,
+    cost_picture,
+    panel_picture,
+    panels,
+    phase_title,
+    plot_curves,
+    read_metrics,
+    spikes,
+)
+from tlm.page import Html, element, grid, join, section, write_page
+from tlm.run import read_json, write_bytes
+from tlm.tables import arm_title, results_section, scientific, short, verdict, whole
 
-Arms = Mapping[str, dict | Sequence[dict]]  # name -> a run's summary, or those of several seeds
 Runs = Mapping[str, Sequence[Path]]  # name -> run folders, one a seed
 
-TITLES = {
-    "tfidf": "TF-IDF + logistic regression",
-    "scratch": "task only",
-    "random": "random documents",
-    "tlm": "TLM",
-}
 SHOWN = 10  # retrieved documents, predictions
 SHOWN_WORDS = 70  # of each text
+SHOWN_SPIKES = 100
 COMPARED_DOCUMENTS = 1_000  # a shared word is marked if few of these hold it
+LEARNING_NOTE = "Steps of the joint stage, then those of finetuning, which begins at the upright line."
 
 
-def arm_title(arm: str) -> str:
-    return TITLES.get(arm, arm)
+# --- any runs -------------------------------------------------------------------------------------------------------
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder tells, whether the run has finished or not."""
+
+    folder: Path
+    config: dict
+    summary: dict | None  # of a finished run
+    records: list[dict]
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 0)
+
+    @property
+    def metric(self) -> str:
+        """Of an unfinished run the one that was asked for; where its task's card names one, macro-F1 stands in."""
+        return self.summary["metric"] if self.summary else (self.config.get("data") or {}).get("metric") or "macro_f1"
+
+    def last(self, field: str) -> float:
+        """The field's last value in metrics.jsonl; 0 without one."""
+        return next((r[field] for r in reversed(self.records) if r.get(field) is not None), 0)
 
 
-class Column(NamedTuple):
-    title: str
-    value: Callable[[dict], float | None]  # of a summary
-    show: Callable[[float], str]
-    is_score: bool = False
+def report(folders: Sequence[str], config: ReportConfig) -> int:
+    """`tlm report`: writes the page, and its pictures as PNGs into a folder of the page's name; prints the path."""
+    out = Path(config.out)
+    if out.suffix != ".html":
+        raise InputError(f"out={out}: must be the name of a page, such as report.html")
+    found = dict.fromkeys(run.resolve() for folder in folders for run in find_runs(Path(folder)))
+    print(write_runs_report(out, by_name([read_run(folder) for folder in found])))
+    return 0
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders that `folder` is or holds. Raises InputError if there are none."""
+    if (folder / "config.yaml").exists():
+        return [folder]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run; name the folder of a run, such as runs/NAME")
+    inside = [path.parent for path in folder.glob("*/config.yaml")]
+    if not inside:
+        raise InputError(f"{folder}: holds no run (no config.yaml); name the folder of a run, or one of several runs")
+    return sorted(inside, key=lambda run: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", run.name)])
 
 
-def whole(number: float) -> str:
-    return f"{number:,.0f}"
+def read_run(folder: Path) -> RunFiles:
+    """Raises InputError if a file is damaged."""
+    path, config = folder / "summary.json", read_yaml(folder / "config.yaml")
+    return RunFiles(folder, config, read_json(path) if path.exists() else None, read_metrics(folder))
 
 
-def short(number: float) -> str:
-    """1234567 -> 1.2M."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
-    return f"{number:.0f}"
+def by_name(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
+    """Runs NAME-SEED whose configurations differ in the seed alone become one NAME; the others keep their own."""
+    alike: dict[tuple[str, str], list[RunFiles]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.config.items() if key not in (*NOT_THE_RESULT, "seed")}
+        stem = run.folder.name.removesuffix(f"-{run.seed}")
+        alike.setdefault((stem, json.dumps(rest, sort_keys=True, default=str)), []).append(run)
+    named: dict[str, list[RunFiles]] = {}
+    for (stem, _), group in alike.items():
+        is_one = len({run.seed for run in group}) == len(group) > 1
+        for name, members in [(stem, group)] if is_one else [(run.folder.name, [run]) for run in group]:
+            folder = members[0].folder
+            names = (name, f"{folder.parent.name}/{name}", str(folder))
+            named[next(n for n in names if n not in named)] = members
+    return named
 
 
-def scientific(number: float) -> str:
-    return "0" if not number else f"{number:.1e}".replace("e+", "e").replace("e0", "e")
-
-
-COLUMNS = (
-    Column("test accuracy", lambda s: s["test"].get("accuracy"), percent, True),
-    Column("test macro-F1", lambda s: s["test"].get("macro_f1"), percent, True),
-    Column("dev accuracy", lambda s: s["dev"].get("accuracy"), percent, True),
-    Column("dev macro-F1", lambda s: s["dev"].get("macro_f1"), percent, True),
-    Column("external documents", lambda s: s["data"].get("external_documents"), whole),
-    Column("tokens", lambda s: s["cost"].get("tokens"), short),
-    Column("FLOPs", lambda s: s["cost"].get("flops"), scientific),
-    Column("seconds", lambda s: sum(s["cost"]["seconds"].values()), whole),
-)
-# With one label a text, micro-F1 is accuracy.
-TEST_COLUMN = {"accuracy": "test accuracy", "micro_f1": "test accuracy", "macro_f1": "test macro-F1"}
-
-
-def seeds_of(summaries: dict | Sequence[dict]) -> Sequence[dict]:
-    return [summaries] if isinstance(summaries, dict) else summaries
-
-
-def values(column: Column, summaries: Sequence[dict]) -> list[float]:
-    return [value for value in map(column.value, summaries) if value is not None]
-
-
-def cell(column: Column, summaries: Sequence[dict]) -> str:
-    found = values(column, summaries)
-    if not found:
-        return "-"
-    margin = f" ±{column.show(statistics.stdev(found))}" if column.is_score and len(found) > 1 else ""
-    return column.show(statistics.fmean(found)) + margin
-
-
-def table(arms: Arms):
-    """The arms as a rich table that fits 80 columns; scores in percent."""
-    from rich.table import Table
-
-    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    result.add_column("", no_wrap=True)
-    for column in COLUMNS:
-        result.add_column(column.title.replace(" ", "\n"), justify="right", vertical="bottom")
-    for arm, summaries in arms.items():
-        result.add_row(arm, *(cell(column, seeds_of(summaries)) for column in COLUMNS))
-    return result
-
-
-# --- the curves -----------------------------------------------------------------------------------------------------
-
-
-class Curve(NamedTuple):
-    steps: list[int]  # of both stages, one after the other
-    values: list[float]
-
-
-class Panel(NamedTuple):
-    title: str
-    kind: str  # of metrics.jsonl's records
-    field: str
-    scale: float = 1.0
-
-
-class Ink(NamedTuple):
-    """Colours of a picture: told apart by those who see colours otherwise, and on a light or a dark page."""
-
-    page: str
-    text: str
-    line: str
-    arms: dict[str, str]
-    others: tuple[str, ...]
-
-
-LIGHT = Ink(
-    "#fdfdfc", "#1c1f23", "#dfe2e6",
-    {"tfidf": "#7a7a7a", "scratch": "#d55e00", "random": "#b3589a", "tlm": "#0b63a5"},
-    ("#0b63a5", "#d55e00", "#b3589a", "#1d7a43", "#7a7a7a"),
-)  # fmt: skip
-DARK = Ink(
-    "#15181c", "#e4e7ea", "#30363d",
-    {"tfidf": "#9a9a9a", "scratch": "#f08a4b", "random": "#dd8fc5", "tlm": "#6db3ee"},
-    ("#6db3ee", "#f08a4b", "#dd8fc5", "#5fc98a", "#9a9a9a"),
-)  # fmt: skip
-DASHES = {"tfidf": ":", "scratch": "--", "random": "-.", "tlm": "-"}
-
-
-def panels(metric: str) -> tuple[Panel, ...]:
-    return (
-        Panel("Masked-LM loss, joint stage", "train", "mlm_loss"),
-        Panel("Task loss", "train", "task_loss"),
-        Panel(f"Dev {metric.replace('_', '-')} (%)", "dev", metric, 100.0),
+def write_runs_report(out: Path, runs: Mapping[str, Sequence[RunFiles]]) -> Path:
+    """Writes the page `out`, and its pictures beside it; returns the page's path."""
+    everyone = [run for group in runs.values() for run in group]
+    records = {name: [run.records for run in group] for name, group in runs.items()}
+    finished = {name: done for name, group in runs.items() if (done := [r.summary for r in group if r.summary])}
+    mlm, task, dev = panels(next((run for run in everyone if run.summary), everyone[0]).metric)
+    learning, steps, speed = (
+        [panel_picture(panel, records) for panel in chosen if any(map(any, records.values()))]
+        for chosen in ((mlm, task, TOTAL, dev), STEPS, SPEED)
     )
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; none where it has no such file (TF-IDF takes no steps)."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"{path}, line {number}: not JSON; remove the line, or run again") from None
-    return records
-
-
-def curve(records: Sequence[dict], panel: Panel) -> Curve:
-    """A field over the steps; those of the second stage follow on the first's last."""
-    joint_steps = max((r["step"] for r in records if r["stage"] == "joint"), default=0)
-    points = [
-        (r["step"] + (joint_steps if r["stage"] == "finetune" else 0), panel.scale * r[panel.field])
-        for r in records
-        if r["kind"] == panel.kind and r.get(panel.field) is not None
-    ]
-    return Curve([step for step, _ in points], [value for _, value in points])
-
-
-def draw(axes, panel: Panel, records: Mapping[str, Sequence[list[dict]]], ink: Ink) -> None:
-    """One panel: a line for each arm, thin ones where it has several seeds."""
-    other = iter(ink.others * len(records))
-    for arm, of_arm in records.items():
-        colour = ink.arms.get(arm) or next(other)
-        label = arm_title(arm)
-        for run in of_arm:
-            found = curve(run, panel)
-            if not found.steps:
-                continue
-            marker = "o" if len(found.steps) == 1 else None
-            width = 1.8 if len(of_arm) == 1 else 1.0
-            axes.plot(*found, DASHES.get(arm, "-"), color=colour, linewidth=width, marker=marker, label=label)
-            label = None
-    ends = {max(r["step"] for r in run if r["stage"] == "joint") for of_arm in records.values() for run in of_arm
-            if {"joint", "finetune"} <= {r["stage"] for r in run}}  # fmt: skip
-    if len(ends) == 1 and panel.field != "mlm_loss":
-        axes.axvline(ends.pop(), color=ink.line, linewidth=1, zorder=0)
-    axes.set_title(panel.title, loc="left", fontsize=11, color=ink.text)
-    axes.set_xlabel("optimizer steps", color=ink.text)
-    axes.grid(axis="y", color=ink.line, linewidth=0.6)
-    axes.set_facecolor(ink.page)
-    axes.tick_params(colors=ink.text, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(ink.line)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=ink.text)
-
-
-def picture(chosen: Sequence[Panel], records: Mapping[str, Sequence[list[dict]]], ink: Ink) -> bytes:
-    """A PNG with the panels in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4 * len(chosen), 3.3), facecolor=ink.page, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
-        draw(axes, panel, records, ink)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=160, metadata={"Software": None})
-    return out.getvalue()
-
-
-def in_words(panel: Panel, records: Mapping[str, Sequence[list[dict]]]) -> str:
-    """What a panel shows, for those who do not see it."""
-    parts = []
-    for arm, of_arm in records.items():
-        curves = [found for found in (curve(run, panel) for run in of_arm) if found.steps]
-        if curves:
-            first, last, best = (
-                statistics.fmean(pick(c.values) for c in curves)
-                for pick in (lambda v: v[0], lambda v: v[-1], max if panel.kind == "dev" else min)
-            )
-            parts.append(f"{arm_title(arm)} from {first:.2f} to {last:.2f}, best {best:.2f}")
-    return f"{panel.title} over the optimizer steps: {'; '.join(parts) or 'no values'}."
-
-
-def plot_curves(runs: Runs, out: Path, metric: str = "accuracy") -> Path:
-    """The curves of all arms as one PNG."""
-    records = {arm: [read_metrics(run) for run in folders] for arm, folders in runs.items()}
-    write_bytes(out, picture(panels(metric), records, LIGHT))
+    cost = [cost_picture("Seconds by phase", mean_seconds(finished))] if finished else []
+    for picture in (*learning, *steps, *speed, *cost):
+        write_bytes(out.with_suffix("") / f"{picture.slug}.png", picture.light)
+    note = "AdamW's learning rate; Muon's has the same course. The gradient's norm is the one before clipping."
+    write_page(
+        out,
+        everyone[0].folder.name if len(everyone) == 1 else f"{len(everyone)} runs",
+        runs_section(everyone),
+        *scores_sections(finished),
+        figures_section("Learning", LEARNING_NOTE, learning),
+        spikes_section(everyone),
+        figures_section("Optimization", note, steps),
+        figures_section("Speed", "Of the steps alone, without evaluation and checkpoints.", speed),
+        cost_section(finished, cost),
+        facts_section({run.folder.name: origin(run.folder) for run in everyone}),
+    )
     return out
 
 
-# --- the page -------------------------------------------------------------------------------------------------------
+def runs_section(runs: Sequence[RunFiles]) -> Html:
+    rows = [
+        [
+            run.folder.name,
+            state(run),
+            Path(str(run.config.get("task", ""))).name,
+            str(run.seed),
+            short(run.summary["cost"]["tokens"] if run.summary else run.last("tokens")),
+            scientific(run.summary["cost"]["flops"] if run.summary else run.last("flops")),
+            whole(sum(run.summary["cost"]["seconds"].values()) if run.summary else run.last("seconds")),
+        ]
+        for run in runs
+    ]
+    heads = ["run", "state", "task", "seed", "tokens", "FLOPs", "seconds"]
+    return section("Runs", None, grid("Runs", heads, rows))
 
 
-class Html(str):
-    """Markup: goes into a page as it is."""
+def state(run: RunFiles) -> Html:
+    """Finished; or how far the run is, and when that was written: a stopped run looks as one that is still going."""
+    if run.summary:
+        return element("td", "finished", class_="words")
+    if not run.records:
+        return element("td", "unfinished: no steps yet", class_="words going")
+    stage, step = run.records[-1]["stage"], run.records[-1]["step"]
+    steps = (run.config.get(stage) or {}).get("steps", "?")
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.folder / "metrics.jsonl").stat().st_mtime))
+    return element("td", f"unfinished: {stage} {step} of {steps}", element("small", written), class_="words going")
 
 
-def element(tag: str, *children: str | None, **attributes: str | None) -> Html:
-    """An element. Strings among the children, and all attributes, are escaped; `class_` is the attribute class."""
-    named = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
-        for name, value in attributes.items()
-        if value is not None
-    )
-    inner = join(*children)
-    return Html(f"<{tag}{named}>" if tag in ("img", "source") else f"<{tag}{named}>{inner}</{tag}>")
+def scores_sections(finished: Mapping[str, Sequence[dict]]) -> list[Html]:
+    """A table a task: scores on different ones are not to be compared."""
+    tasks: dict[str, dict[str, Sequence[dict]]] = {}
+    for name, summaries in finished.items():
+        tasks.setdefault(summaries[0]["task"], {})[name] = summaries
+    return [
+        results_section(of_task, next(iter(of_task.values()))[0]["metric"], f"Scores on {task}", "run")
+        for task, of_task in tasks.items()
+    ]
 
 
-def join(*children: str | None) -> Html:
-    return Html("".join(c if isinstance(c, Html) else html.escape(c, quote=False) for c in children if c is not None))
+def figures_section(title: str, note: str, pictures: Sequence[Picture]) -> Html:
+    kind = "figures" if len(pictures) == 3 else "figures large"
+    figures = element("div", *(picture.element() for picture in pictures), class_=kind)
+    return section(title, note, figures) if pictures else Html("")
+
+
+def spikes_section(runs: Sequence[RunFiles]) -> Html:
+    found = [(run.folder.name, spike) for run in runs for spike in spikes(run.records)]
+    if not found:
+        return section("Loss spikes", "None.") if any(run.records for run in runs) else Html("")
+    rows = [
+        [name, f"{s['stage']} {s['step']}", element("td", s["trouble"], class_="words"), s["action"]]
+        for name, s in found[:SHOWN_SPIKES]
+    ]
+    more = f" The first {SHOWN_SPIKES} of {len(found)} are listed." if len(found) > SHOWN_SPIKES else ""
+    note = f"Steps whose loss or gradient was far off, and what was done: triangles on the curves.{more}"
+    return section("Loss spikes", note, grid("Loss spikes", ["run", "step", "trouble", "action"], rows))
+
+
+def mean_seconds(finished: Mapping[str, Sequence[dict]]) -> dict[str, dict[str, float]]:
+    """Seconds by phase of each name, the mean over its runs."""
+    return {
+        name: {
+            phase: sum(s["cost"]["seconds"].get(phase, 0.0) for s in summaries) / len(summaries)
+            for phase in dict.fromkeys(phase for s in summaries for phase in s["cost"]["seconds"])
+        }
+        for name, summaries in finished.items()
+    }
+
+
+def cost_section(finished: Mapping[str, Sequence[dict]], pictures: Sequence[Picture]) -> Html:
+    """Seconds by phase, peak memory and money; means over the runs of a name."""
+    if not finished:
+        return Html("")
+    costs = mean_seconds(finished)
+    phases = dict.fromkeys(phase for seconds in sorted(costs.values(), key=len, reverse=True) for phase in seconds)
+    rows = [
+        [phase_title(phase), *(f"{of[phase]:,.1f}" if phase in of else "-" for of in costs.values())]
+        for phase in phases
+    ]
+    rows.append(["all phases", *(f"{sum(of.values()):,.1f}" for of in costs.values())])
+
+    def mean(field: str) -> list[float]:
+        return [statistics.fmean(s["cost"].get(field, 0) for s in summaries) for summaries in finished.values()]
+
+    rows.append(["peak memory (GiB)", *(f"{size / 2**30:.2f}" for size in mean("peak_rss_bytes"))])
+    rows += [["money", *(f"{money:,.2f}" for money in mean("money"))]] if any(mean("money")) else []
+    table = grid("Cost", ["seconds", *map(arm_title, finished)], rows)
+    return section("Cost", None, element("div", *(p.element() for p in pictures), class_="figures"), table)
+
+
+def origin(folder: Path) -> str:
+    """The command, machine and commit that made a run."""
+    path = folder / "env.json"
+    if not path.exists():
+        return "unknown: no env.json"
+    env = read_json(path)
+    commit = f", commit {env['git_commit'][:10]}" if env.get("git_commit") else ""
+    return f"{env.get('command')}; on {env.get('processor')}, {env.get('cores')} cores; tlm {env.get('tlm')}{commit}"
+
+
+# --- the demo's arms ------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -282,102 +253,21 @@ def write_report(
     and the machine for the foot of the page, by their name.
     """
     arms = {arm: [read_json(run / "summary.json") for run in of_arm] for arm, of_arm in runs.items()}
-    metric = next(iter(arms.values()))[0]["metric"]
-    plot_curves(runs, folder / "curves.png", metric)
-    path = folder / "report.html"
-    write_html(path, title or f"{task.name}: what each arm learnt", arms, runs, task, facts or {})
-    return path
-
-
-def write_html(
-    path: Path, title: str, arms: Mapping[str, Sequence[dict]], runs: Runs, task: Task, facts: Mapping[str, str]
-) -> None:
-    metric = next(iter(arms.values()))[0]["metric"]
-    body = join(
-        element("h1", title),
+    records = {arm: [read_metrics(run) for run in of_arm] for arm, of_arm in runs.items()}
+    metric, path = next(iter(arms.values()))[0]["metric"], folder / "report.html"
+    plot_curves(records, folder / "curves.png", metric)
+    pictures = [panel_picture(panel, records) for panel in panels(metric)] if any(map(any, records.values())) else []
+    write_page(
+        path,
+        title or f"{task.name}: what each arm learnt",
         element("p", verdict(arms, metric, len(task.splits["test"])), class_="lead"),
         results_section(arms, metric),
-        curves_section(runs, metric),
+        figures_section("Learning", LEARNING_NOTE, pictures),
         retrieved_section(arms, task),
         predictions_section(runs, task),
-        facts_section(facts),
+        facts_section(facts or {}),
     )
-    template = string.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    write_text(path, template.substitute(title=html.escape(title), body=body))
-
-
-def mean_score(summaries: Sequence[dict], metric: str) -> float:
-    return statistics.fmean(summary["test"][metric] for summary in summaries)
-
-
-def verdict(arms: Mapping[str, Sequence[dict]], metric: str, num_texts: int) -> str:
-    """The result in a sentence or two, whoever wins."""
-    scores = {arm: 100 * mean_score(summaries, metric) for arm, summaries in arms.items()}
-    ranking = sorted(scores, key=lambda arm: -scores[arm])
-    listed = ", ".join(f"{arm_title(arm)} {scores[arm]:.1f}" for arm in ranking)
-    sentence = f"On {num_texts} test texts, {metric.replace('_', '-')} in percent: {listed}."
-    if "tlm" not in scores or len(scores) < 2:
-        return sentence
-    gaps = [
-        f"{abs(gap):.1f} points {'ahead of' if gap > 0 else 'behind'} {arm_title(arm)}" if abs(gap) >= 0.05
-        else f"level with {arm_title(arm)}"
-        for arm in scores
-        if arm != "tlm" and math.isfinite(gap := scores["tlm"] - scores[arm])
-    ]  # fmt: skip
-    return f"{sentence} TLM is {', '.join(gaps[:-1])}{' and ' if gaps[:-1] else ''}{gaps[-1]}."
-
-
-def section(title: str, note: str | None, *content: Html) -> Html:
-    return element("section", element("h2", title), element("p", note, class_="soft") if note else None, *content)
-
-
-def results_section(arms: Mapping[str, Sequence[dict]], metric: str) -> Html:
-    shown = [[cell(column, summaries) for column in COLUMNS] for summaries in arms.values()]
-    top = {
-        column: max((statistics.fmean(found) for s in arms.values() if (found := values(column, s))), default=None)
-        for column in COLUMNS
-        if column.is_score
-    }
-    rows = []
-    for (arm, summaries), texts in zip(arms.items(), shown, strict=True):
-        cells = []
-        for column, text in zip(COLUMNS, texts, strict=True):
-            found = values(column, summaries)
-            wins = found and column in top and statistics.fmean(found) == top[column]
-            interval = summaries[0]["test"].get(f"{metric}_interval") if column.title == TEST_COLUMN[metric] else None
-            low_high = f"{percent(interval[0])} to {percent(interval[1])}" if interval and len(summaries) == 1 else None
-            cells.append(
-                element("td", text, element("small", low_high) if low_high else None, class_="best" if wins else None)
-            )
-        rows.append(element("tr", element("th", arm_title(arm), scope="row"), *cells))
-    heads = element("tr", element("th", "arm", scope="col"), *(element("th", c.title, scope="col") for c in COLUMNS))
-    num_seeds = max(map(len, arms.values()))
-    margins = f"mean and standard deviation of {num_seeds} seeds" if num_seeds > 1 else "with a 95% bootstrap interval"
-    note = f"Scores in percent, {margins}. Tokens, FLOPs and seconds are all that an arm took, a run."
-    whole_table = element("table", element("thead", heads), element("tbody", *rows))
-    return section(
-        "Results",
-        note,
-        element("div", whole_table, class_="scroll", tabindex="0", role="region", aria_label="Results of the arms"),
-    )
-
-
-def curves_section(runs: Runs, metric: str) -> Html:
-    records = {arm: [read_metrics(run) for run in of_arm] for arm, of_arm in runs.items()}
-    records = {arm: of_arm for arm, of_arm in records.items() if any(of_arm)}
-    if not records:
-        return Html("")
-    figures = []
-    for panel in panels(metric):
-        light, dark = (data_url(picture([panel], records, ink)) for ink in (LIGHT, DARK))
-        by_night = element("source", srcset=dark, media="(prefers-color-scheme: dark)")
-        figures.append(element("picture", by_night, element("img", src=light, alt=in_words(panel, records))))
-    note = "Steps of the joint stage, then those of finetuning, which begins at the upright line with a fresh head."
-    return section("Learning", note, element("div", *figures, class_="figures"))
-
-
-def data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return path
 
 
 def retrieved_section(arms: Mapping[str, Sequence[dict]], task: Task) -> Html:

@@ -112,15 +112,11 @@ def results_section(arms: Mapping[str, Sequence[dict]], metric: str, title: str 
             small = element("small", low_high) if low_high else None
             cells.append(element("td", cell(column, summaries), small, class_="best" if wins else None))
         rows.append([arm_title(arm), *cells])
-    sizes = set(map(len, arms.values()))
-    interval = "the small figures are 95% bootstrap intervals"
-    margins = f"mean and standard deviation of {' or '.join(map(str, sorted(sizes - {1})))} seeds" if sizes - {1} else ""
-    if margins and 1 in sizes:
-        margins += f", where there are several; {interval}"
-    note = (
-        f"Scores in percent, {margins or 'with a 95% bootstrap interval'}. "
-        f"Tokens, FLOPs and seconds are all that {'an arm' if kind == 'arm' else 'it'} took, a run."
+    margins = " or ".join(
+        f"mean and standard deviation of {num_seeds} seeds" if num_seeds > 1 else "with a 95% bootstrap interval"
+        for num_seeds in sorted(set(map(len, arms.values())))
     )
+    note = f"Scores in percent, {margins}. Tokens, FLOPs and seconds are all that a run took."
     return section(title, note, grid(f"{title} of each {kind}", [kind, *(c.title for c in COLUMNS)], rows))
 
 

@@ -8,6 +8,8 @@ killed and is started again ends with the same weights and losses, to the bit.
 import math
 import signal
 import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import torch
 from tasks.errors import InputError
 from tlm import engine as engines
 from tlm import evaluate, warmstart
+from tlm.ahead import Ahead
 from tlm.averaging import Average
+from tlm.boards import Boards, check_boards, open_boards
 from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
-from tlm.ledger import Ledger, Meter
+from tlm.ledger import Ledger, Meter, peak_rss_bytes
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import Transformer, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
@@ -34,6 +38,7 @@ from tlm.spikes import Spikes
 from tlm.tokenizer import MASK, SPECIALS, save_tokenizer
 
 LOG_EVERY = 10  # steps
+Drawn = tuple[list[MicroBatch], list[Weighted]]  # a step's examples over all processes, this one's share as batches
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Stage:
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
+    check_boards(config.boards)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch()
     progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
@@ -78,6 +84,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints)
     tag = latest(run.checkpoints)
 
+    signals = StopSignals()
     for stage in (joint, finetune):
         if tag and tag.startswith("finetune") and stage is joint:
             continue  # the checkpoint lies beyond it
@@ -91,8 +98,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             loop.resume(tag)
         else:
             loop.checkpoint()
-        with progress.phase(stage.name, stage.config.steps), StopSignals() as signals:
-            loop.steps(signals)
+        boards = open_boards(config.boards if run.writes else (), run.folder, stage.name, config, stage.step)
+        with progress.phase(stage.name, stage.config.steps), signals, Ahead(loop.batches) as batches, closing(boards):
+            loop.steps(batches, boards, signals)
         checkpoints.wait()
         stage.average.apply(model)
         engine.destroy()
@@ -168,17 +176,17 @@ class Loop:
     engine: Any
     meter: Meter
 
-    def steps(self, signals: StopSignals) -> None:
+    def steps(self, batches: Callable[[int], Drawn], boards: Boards, signals: StopSignals) -> None:
         """From `stage.step` to the end of the stage, or until dev scores stop rising."""
-        stage, settings, meter, board = self.stage, self.stage.config, self.meter, tensorboard(self.run, self.stage)
+        stage, settings, meter = self.stage, self.stage.config, self.meter
         saved = time.perf_counter()
         self.model.train()
         while stage.step < settings.steps and not exhausted(stage):
             rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
             engines.set_rates(self.engine, settings, rate)
             torch.manual_seed(stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank)  # dropout
-            draw = stage.mixture.draw(stage.step + stage.skipped)
-            loss, norm, amounts = self.gradients(draw)
+            draw, micros = batches(stage.step + stage.skipped)
+            loss, norm, amounts = self.gradients(micros)
             due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds
             loss, asked, due = self.world.sum([loss, signals.number, due])
             if trouble := stage.spikes.judge("+".join(micro.source for micro in draw), loss, norm):
@@ -194,9 +202,9 @@ class Loop:
             last = stage.step == settings.steps
             if settings.eval_every and (stage.step % settings.eval_every == 0 or last):
                 with meter.paused("evaluation"), stage.average.swapped(self.model):
-                    self.score_dev(board)
+                    self.score_dev(boards)
             if stage.step % LOG_EVERY == 0 or last or exhausted(stage):
-                self.log(board, rate, norm)
+                self.log(boards, rate, norm)
             if asked or (due and not stage.spikes.in_row):
                 with meter.paused("checkpoints"):
                     self.checkpoint()
@@ -204,14 +212,15 @@ class Loop:
             if asked:
                 self.checkpoints.wait()
                 raise Stopped(signals.number or signal.SIGTERM)
-        if board:
-            board.close()
 
-    def gradients(self, draw: list[MicroBatch]) -> tuple[float, float, dict[str, float]]:
+    def batches(self, index: int) -> Drawn:
+        draw = self.stage.mixture.draw(index)
+        return draw, self.stage.objective.step(draw, self.world.rank, self.world.size)
+
+    def gradients(self, micros: list[Weighted]) -> tuple[float, float, dict[str, float]]:
         """Forward and backward of a step's micro-batches: this process's part of the loss, the norm of the whole
         gradient, and what the meter is to add."""
         amounts = dict.fromkeys(Meter.COUNTED, 0.0)
-        micros = self.stage.objective.step(draw, self.world.rank, self.world.size)
         for micro in micros:
             if micro is not micros[0]:
                 self.engine.step()  # DeepSpeed only counts here, up to the last micro-batch
@@ -252,19 +261,19 @@ class Loop:
             stage.average.load(state["average"])
         return action
 
-    def log(self, board, rate: float, norm: float) -> None:
+    def log(self, boards: Boards, rate: float, norm: float) -> None:
         stage = self.stage
         values = self.meter.read(self.world.sum) | {"lr": rate * stage.config.lr, "grad_norm": finite(norm)}
         self.run.record(stage=stage.name, step=stage.step, kind="train", **values)
-        write_board(board, values, stage.step)
+        boards.write(values, stage.step)
         self.progress.update(stage.step, stage.config.steps, describe(values, stage, self.prepared.task.metric))
 
-    def score_dev(self, board) -> None:
+    def score_dev(self, boards: Boards) -> None:
         """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
         stage, dev, metric = self.stage, self.prepared.source("dev"), self.prepared.task.metric
         scores = evaluate.scores(evaluate.probabilities(self.model, dev, self.world), dev.labels)
         self.run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
-        write_board(board, {f"dev_{name}": value for name, value in scores.items()}, stage.step)
+        boards.write({f"dev_{name}": value for name, value in scores.items()}, stage.step)
         stage.scores_since_best += 1
         if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
             stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
@@ -356,7 +365,7 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
         if prepared.selection
         else None,
-        "cost": ledger.cost(sum(p.numel() for p in model.parameters())),
+        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
         "config_sha256": run.config_sha256,
     }
     if world.rank == 0:
@@ -382,23 +391,8 @@ def describe(values: dict, stage: Stage, metric: str) -> str:
         if values[key] is not None
     ]
     parts += [f"dev {stage.best[metric]:.3f}"] if stage.best else []
-    return " ".join([*parts, f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"])
-
-
-def tensorboard(run: Run, stage: Stage):
-    """A TensorBoard writer that hides what a kill left behind the step it goes on from; None where others write."""
-    if not run.writes:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.folder / "tensorboard" / stage.name), purge_step=stage.step + 1)
-
-
-def write_board(board, values: dict, step: int) -> None:
-    if board:
-        for name, value in values.items():
-            if value is not None:
-                board.add_scalar(name, value, step)
+    parts += [f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"]
+    return " ".join([*parts, f"peak {peak_rss_bytes() / 2**30:.1f} GiB"])
 
 
 def matmul_flops_per_second() -> float:

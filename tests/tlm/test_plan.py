@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tlm.config import TrainConfig, load, validate
-from tlm.plan import plan
+from tlm.plan import activation_bytes, optimizer_bytes, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -41,3 +41,60 @@ def test_a_batch_ramp_costs_the_area_under_it(tiny_task):
     for what in ("tokens", "flops"):
         assert ramped[what]["finetune"] == pytest.approx(13 / 16 * plain[what]["finetune"], rel=1e-3)
         assert ramped[what]["joint"] == plain[what]["joint"]
+
+
+@pytest.mark.parametrize("mask_rate", [0.0, 0.15])
+def test_the_plan_counts_the_activations_that_a_step_keeps(mask_rate):
+    import numpy as np
+    import torch
+
+    from tlm.batches import IGNORE, pack
+    from tlm.model import ModelShape, Transformer
+    from tlm.objectives import Losses
+
+    shape, rng = ModelShape(3000, 128, 4, 4, 256, 64, 3), np.random.default_rng(0)
+    losses = Losses(Transformer(shape, torch.Generator().manual_seed(0)))
+    texts = [rng.integers(5, 3000, 64) for _ in range(16)]
+    targets = [np.where(rng.random(64) < mask_rate, text, IGNORE) for text in texts]
+    batch = pack(texts, targets, [0] * 16)
+    weights = {p.untyped_storage().data_ptr() for p in losses.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor, so that its memory is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses(batch, mask_rate > 0, True)
+    logits_and_gradient = 2 * 4 * len(batch.masked) * 3000  # come and go, so that autograd keeps one of three
+    expected = activation_bytes(shape, 16 * 64, len(batch.masked)) - logits_and_gradient
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.03)
+
+
+def test_the_plan_counts_the_optimizers_state():
+    import torch
+
+    from tlm.model import ModelShape, Transformer
+    from tlm.optimizers import build_optimizer
+
+    model = Transformer(ModelShape(500, 128, 4, 4, 256, 128, 3), torch.Generator().manual_seed(0))
+    total = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    for kind in ("muon", "adamw"):
+        optimizer = build_optimizer(model, kind, 0.01)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        real = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+        assert optimizer_bytes(kind, total, matrices) == pytest.approx(real, rel=0.001)
+
+
+def test_the_plan_names_memory_and_money(tiny_task):
+    planned = plan(validate(load(TrainConfig, [f"task={tiny_task}", "price_per_hour=6", "joint.steps=100000"])))
+    *parts, whole = planned["estimated_peak_memory_mib"].values()
+    assert whole == pytest.approx(sum(parts), abs=3)
+    minutes = sum(planned["estimated_minutes"].values())
+    assert minutes > 0
+    assert planned["estimated_money"] == pytest.approx(minutes / 10, abs=0.01)

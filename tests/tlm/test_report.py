@@ -15,7 +15,8 @@ from retrieval.corpus import open_corpus
 from retrieval.select import select
 from tasks.errors import InputError
 from tasks.readers import read_task
-from tlm import report
+from tlm import report, tables
+from tlm.cli import main
 
 NASTY = "<script>alert('&')</script> \"quoted\" </p>"
 VOID = {"meta", "img", "source"}
@@ -202,19 +203,6 @@ def test_few_mistakes_leave_room_for_right_ones(task, tmp_path):
     assert not page.inside("li", "pair")  # no selection
 
 
-def test_curve_joins_the_stages():
-    records = [
-        {"stage": "joint", "step": 10, "kind": "train", "task_loss": 2.0, "mlm_loss": None},
-        {"stage": "joint", "step": 20, "kind": "train", "task_loss": 1.0, "mlm_loss": 5.0},
-        {"stage": "joint", "step": 20, "kind": "dev", "accuracy": 0.5},
-        {"stage": "finetune", "step": 10, "kind": "train", "task_loss": 0.5, "mlm_loss": None},
-    ]
-    mlm, task_loss, dev = report.panels("accuracy")
-    assert report.curve(records, mlm) == ([20], [5.0])
-    assert report.curve(records, task_loss) == ([10, 20, 30], [2.0, 1.0, 0.5])
-    assert report.curve(records, dev) == ([20], [50.0])
-
-
 def text_of(table) -> str:
     console = Console(width=200)
     with console.capture() as capture:
@@ -226,10 +214,10 @@ def test_table_shows_one_seed_or_the_mean_of_several(task, tmp_path):
     scores = (0.8, 0.85, 0.9)
     folders = [make_run(tmp_path / str(seed), task, "tlm", score, seed) for seed, score in enumerate(scores)]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    several = text_of(report.table({"tlm": summaries}))
+    several = text_of(tables.table({"tlm": summaries}))
     assert f"85.0 ±{100 * statistics.stdev(scores):.1f}" in several
     assert "83.0 ±5.0" in several
-    one = text_of(report.table({"tlm": summaries[0]}))
+    one = text_of(tables.table({"tlm": summaries[0]}))
     assert "80.0" in one
     assert "±" not in one
     assert re.search(r"1\.2M\s+1\.2e10\s+13", one)
@@ -239,7 +227,7 @@ def test_table_shows_one_seed_or_the_mean_of_several(task, tmp_path):
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234, "1.2k"), (1.2e5, "120k"), (2.5e6, "2.5M")])
 def test_short_numbers(number, text):
-    assert report.short(number) == text
+    assert tables.short(number) == text
 
 
 def test_unfinished_or_damaged_runs_are_refused(runs, task, tmp_path):
@@ -251,3 +239,104 @@ def test_unfinished_or_damaged_runs_are_refused(runs, task, tmp_path):
         file.write('{"stage": "joi')
     with pytest.raises(InputError, match="line 9"):
         report.write_report(tmp_path / "out", {"tlm": [damaged]}, task)
+
+
+# --- any runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(task, tmp_path):
+    """Two seeds of one configuration, the second unfinished and with a spike; TF-IDF; and what is no run."""
+    folder = tmp_path / "several"
+    for seed in (0, 1, 10):
+        run = make_run(folder / f"tlm-{seed}", task, "tlm", 0.8, seed)
+        config = {"run": run.name, "seed": seed, "task": NASTY, "joint": {"steps": 40}, "finetune": {"steps": 50}}
+        (run / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (run / "summary.json").unlink()
+    spike = {"stage": "finetune", "step": 15, "kind": "spike", "trouble": f"{NASTY} is nan", "action": "skip"}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:-2], json.dumps(spike), *lines[-2:], ""]))
+    run = make_run(folder / "tfidf", task, "tfidf", 0.9)
+    (run / "config.yaml").write_text("model: {size: tfidf}")
+    (run / "env.json").write_text(json.dumps({"command": "tlm train", "processor": "a", "cores": 2, "tlm": "0.1"}))
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_a_folder_of_runs_becomes_a_page_and_pictures(several, tmp_path, capsys):
+    out = tmp_path / "pages" / "all.html"
+    assert main(["report", str(several), f"out={out}"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    source = out.read_text()
+    page = Page(source)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "url(" not in source
+    pictures = [tag for tag, _ in page.tags if tag == "picture"]
+    files = sorted((out.parent / "all").iterdir())
+    assert len(files) == len(pictures) == 9
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert {"total-loss.png", "learning-rate.png", "mfu.png", "seconds-by-phase.png"} < {file.name for file in files}
+
+    heads = page.inside("th")
+    assert heads.count("tlm-10") == 2  # in the runs and beside its spike; after tlm-1
+    assert heads.index("tlm-1") < heads.index("tlm-10")
+    assert page.inside("td", "words going")[:1] == ["unfinished: finetune 20 of 50"]
+    assert page.inside("td", "words").count("finished") == 3
+    assert "80.0 ±0.0" in page.inside("td")  # the two seeds that are finished
+    assert "87.0 to 93.0" in page.inside("small")
+    assert f"{NASTY} is nan" in page.inside("td", "words")
+    assert [t for t in page.inside("td") if t in ("finetune 15", "skip")] == ["finetune 15", "skip"]
+    assert {"all phases", "finetune", "12.6"} < {*heads, *page.inside("td")}
+    assert "tlm train; on a, 2 cores; tlm 0.1" in page.inside("dd")
+
+
+def test_an_unfinished_run_alone_has_no_scores_and_no_cost(several, tmp_path):
+    assert main(["report", str(several / "tlm-10"), f"out={tmp_path / 'one.html'}"]) == 0
+    page = Page((tmp_path / "one.html").read_text())
+    assert page.inside("h1") == ["tlm-10"]
+    assert page.inside("h2") == ["Runs", "Learning", "Loss spikes", "Optimization", "Speed", "How it was made"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(task, several, tmp_path):
+    other = make_run(tmp_path / "other" / "tfidf", task, "tfidf", 0.5)
+    (other / "config.yaml").write_text("seed: 0")
+    named = report.by_name([report.read_run(folder) for folder in (several / "tfidf", other)])
+    assert list(named) == ["tfidf", "other/tfidf"]
+
+
+def test_seeds_of_different_configurations_are_not_one(several):
+    path = several / "tlm-1" / "config.yaml"
+    path.write_text(path.read_text().replace('"steps": 40', '"steps": 60'))
+    named = report.by_name([report.read_run(folder) for folder in report.find_runs(several)])
+    assert list(named) == ["tfidf", "tlm", "tlm-1"]
+    assert [run.folder.name for run in named["tlm"]] == ["tlm-0", "tlm-10"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report"], "say which run"),
+        (["report", "{}/absent"], "no such run"),
+        (["report", "{}/several/notes"], "holds no run"),
+        (["report", "{}/several", "out={}/page"], "out="),
+        (["report", "{}/several/broken"], "metrics.jsonl, line 3"),
+        (["report", "{}/several/tlm-0", "{}/several/other"], "metrics.jsonl, line 1"),
+        (["report", "{}/several/damaged"], "summary.json: damaged"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, words, several, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, file, content in (
+        ("broken", "metrics.jsonl", '{"stage": "joint", "step": 1, "kind": "dev"}\n' * 2 + '{"stage": "joi'),
+        ("other", "metrics.jsonl", '["no", "record"]\n'),
+        ("damaged", "summary.json", "{"),
+    ):
+        (several / name).mkdir()
+        (several / name / "config.yaml").write_text("seed: 0")
+        (several / name / file).write_text(content)
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["several"]

@@ -211,19 +211,18 @@ def spikes(run):
 
 
 def poisoned(monkeypatch, is_bad, spoil):
-    """`spoil(loop)` before each step whose batches satisfy `is_bad(draw)`."""
+    """`spoil` in place of each step whose batches satisfy `is_bad(draw)`."""
     gradients = trainer.Loop.gradients
 
-    def wrapped(loop, draw):
-        if is_bad(loop, draw):
-            return spoil(loop, draw, gradients)
-        return gradients(loop, draw)
+    def wrapped(loop, micros):
+        draw, _ = loop.batches(loop.stage.step + loop.stage.skipped)
+        return spoil(loop, micros, gradients) if is_bad(loop, draw) else gradients(loop, micros)
 
     monkeypatch.setattr(trainer.Loop, "gradients", wrapped)
 
 
-def as_nan(loop, draw, gradients):
-    _, _, amounts = gradients(loop, draw)
+def as_nan(loop, micros, gradients):
+    _, _, amounts = gradients(loop, micros)
     for p in loop.model.parameters():
         if p.grad is not None:
             p.grad.fill_(torch.nan)
@@ -251,11 +250,11 @@ def test_a_weight_that_is_no_number_is_rewound(arguments, finished, tmp_path, mo
     def breaks(loop, draw):
         return loop.stage.name == "joint" and loop.stage.step == 25 and not broken
 
-    def spoil(loop, draw, gradients):
+    def spoil(loop, micros, gradients):
         broken.append(True)
         with torch.no_grad():
             loop.model.model.layers[0].attn.Wo.weight[0, 0] = torch.nan
-        return gradients(loop, draw)
+        return gradients(loop, micros)
 
     poisoned(monkeypatch, breaks, spoil)
     assert main([*arguments, "run=broken"]) == 0

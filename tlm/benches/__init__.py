@@ -1,3 +1,6 @@
 """What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status."""
 
-BENCHES = {"train": "training steps beside those of transformers and its Trainer, where their time goes, how they grow"}
+BENCHES = {
+    "train": "training steps beside those of transformers and its Trainer, where their time goes, how they grow",
+    "resume": "runs that are killed at random instants, against one that was not",
+}

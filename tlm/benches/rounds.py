@@ -160,5 +160,6 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "share": lambda v: f"{v:.0%}",
     "s": lambda v: f"{1e3 * v:,.1f} ms",
     "bytes": lambda v: f"{v / 1e6:,.0f} MB",
+    "count": lambda v: f"{v:,}",
     "FLOP/s": lambda v: f"{v / 1e9:,.0f} GFLOP/s",
 }

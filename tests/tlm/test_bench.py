@@ -163,7 +163,7 @@ def test_the_command_writes_what_it_shows(tiny_task, cache, tmp_path, capsys):
         (["bench", "train"], "task=: missing"),
         (["bench", "train", "task=absent-folder"], "absent-folder"),
         (["bench", "train", "task=x", "cases=[grow]"], "did you mean growth"),
-        (["bench", "train", "task=x", "cases=mlm"], "cases=mlm"),
+        (["bench", "train", "task=x", "cases=grow"], "did you mean growth"),  # one word is a list of one
         (["bench", "train", "task=x", "cases=[]"], "nothing to measure"),
         (["bench", "train", "task=x", "hidden=[100]"], "multiples of 64"),
         (["bench", "train", "task=x", "hidden=[0]"], "multiples of 64"),

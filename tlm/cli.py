@@ -99,7 +99,7 @@ VERBS = {
         "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
     ),
 }
-REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",)}
+REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",), "bench": ("task",)}
 POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "report": (1, 99), "bench": (1, 1)}
 
 

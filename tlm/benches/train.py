@@ -454,8 +454,6 @@ RIVALS_NEED = ("transformers", "accelerate")
 
 def check(config: BenchConfig) -> None:
     """Raises InputError for what cannot be measured, before anything is read."""
-    if not config.task:
-        raise InputError("task=: missing; `tlm bench train task=...` needs it (see `tlm bench --help`)")
     if unknown := next((case for case in config.cases if case not in CASES), None):
         near = difflib.get_close_matches(unknown, CASES, 1)
         hint = f"did you mean {near[0]}?" if near else f"use some of {', '.join(CASES)}"

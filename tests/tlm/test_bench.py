@@ -80,7 +80,7 @@ def test_parts_add_up_to_the_time_of_the_steps(job):
 
 
 def test_backward_goes_where_forward_went():
-    embedding, first, second = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8), torch.nn.Linear(8, 400)
+    embedding, first, second = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4000)
     train.name_scope(second, "MLM head")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(20):

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.errors import InputError
+from tlm.attention import angles, attend
 from tlm.batches import Batch
+from tlm.cross_entropy import linear_cross_entropy_sum
 from tlm.run import read_json, write_json
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}  # names as in transformers
@@ -57,46 +59,6 @@ class ModelShape:
             raise InputError(f"model.pooling={self.pooling!r} must be mean or cls")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"model.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
-
-
-class Rotate(torch.autograd.Function):
-    """Queries, keys and values out of qkv [T, 3, heads, head_dim], each [T, heads, head_dim], RoPE on the first two.
-
-    The gradient of a rotation is the rotation by the opposite angle, so nothing but angles is saved, and the three
-    gradients are written straight into the one of qkv: with attention, 15 to 20% faster than autograd's own.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin):  # cos, sin: [T, 1, head_dim / 2]
-        ctx.save_for_backward(cos, sin)
-        query, key, value = qkv.unbind(1)
-        return rotated(query, cos, sin), rotated(key, cos, sin), value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, query, key, value):
-        cos, sin = ctx.saved_tensors
-        gradient = query.new_empty(len(query), 3, *query.shape[1:])
-        rotated(query, cos, -sin, out=gradient[:, 0])
-        rotated(key, cos, -sin, out=gradient[:, 1])
-        gradient[:, 2] = value
-        return gradient, None, None
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Each pair (x[i], x[i + head_dim / 2]) of [T, heads, head_dim], turned by its angle."""
-    out = torch.empty_like(x) if out is None else out
-    (left, right), (out_left, out_right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(left, cos, out=out_left).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=out_right).addcmul_(left, sin)
-    return out
-
-
-def angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """cos and sin, each [T, 1, head_dim / 2], of position x frequency, in float32 as transformers does."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = (positions[:, None].float() * (1.0 / theta**exponents))[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 class Norm(nn.Module):
@@ -136,12 +98,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv = self.Wqkv(hidden_TD).unflatten(-1, (3, self.heads, -1))
-        groups = zip(*map(batch.split, Rotate.apply(qkv, cos, sin)), strict=True)
-        mixed = []
-        for group in groups:  # thrice [sequences, length, heads, head_dim]
-            query, key, value = (x.transpose(1, 2) for x in group)
-            mixed.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.out_drop(self.Wo(torch.cat(mixed)))
+        return self.out_drop(self.Wo(attend(qkv, batch, cos, sin)))
 
 
 class GatedMLP(nn.Module):
@@ -204,8 +161,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(shape.vocabulary))
 
-    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, embeddings, self.bias)
+    def forward(
+        self, hidden_MD: torch.Tensor, embeddings_VD: torch.Tensor, targets_M: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [M, V]; or, without ever holding them, the sum of their cross-entropies with targets."""
+        if targets_M is None:
+            return F.linear(hidden_MD, embeddings_VD, self.bias)
+        return linear_cross_entropy_sum(hidden_MD, embeddings_VD, self.bias, targets_M)
 
 
 class Transformer(nn.Module):
@@ -244,6 +206,10 @@ class Transformer(nn.Module):
     def mlm_logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Logits [M, V] of the rows given: `hidden[batch.masked]`, as over all tokens it costs more than the rest."""
         return self.decoder(self.mlm_head(hidden_MD), self.model.embeddings.tok_embeddings.weight)
+
+    def mlm_loss_sum(self, hidden_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropies of `mlm_logits` with the tokens that should stand there."""
+        return self.decoder(self.mlm_head(hidden_MD), self.model.embeddings.tok_embeddings.weight, targets_M)
 
     def classify(self, hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [N, C], a row for each of the caller's sequences in the caller's order."""

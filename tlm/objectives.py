@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tlm.batches import IGNORE, Batch, pack
+from tlm.cross_entropy import cross_entropy_sum
 from tlm.mixture import TASK, MicroBatch, uniforms
 
 
@@ -128,12 +128,7 @@ class Losses(nn.Module):
         hidden_TD = self.model(batch)
         mlm_sum = task_sum = None
         if mlm:
-            mlm_sum = cross_entropy_sum(self.model.mlm_logits(hidden_TD[batch.masked]), batch.masked_tokens)
+            mlm_sum = self.model.mlm_loss_sum(hidden_TD[batch.masked], batch.masked_tokens)
         if task:
             task_sum = cross_entropy_sum(self.model.classify(hidden_TD, batch), batch.labels)
         return mlm_sum, task_sum
-
-
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """In float32 at least, whatever the model computes in."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")

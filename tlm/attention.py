@@ -1,0 +1,120 @@
+"""Attention over packed sequences: rotary positions, softmax and both products in one step of the graph.
+
+On a CPU texts of a sentence or a page are too short for a kernel that never holds the scores: at 50 to 130 tokens the
+plain products, a sequence at a time where it lies, take two thirds of the time of torch's own attention (RoPE and
+backward included). From LONGEST tokens on the scores no longer stay in the cache, and torch's is used, a group of equal
+lengths at a time; it is also the slow twin. Shape suffixes: T tokens of a batch, H heads, D numbers of a head.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from tlm.batches import Batch
+from tlm.precision import products
+
+LONGEST = 256  # tokens of a sequence; at 512 torch's own is faster by a tenth, or slower by a third where D is 32
+
+
+def attend(qkv: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[T, 3, H, D] -> [T, H * D]: each token attends to all of its own sequence. cos, sin: [T, 1, D / 2]."""
+    if qkv.device.type == "cpu" and batch.groups[-1][1] <= LONGEST:
+        return Attend.apply(qkv, [length for count, length in batch.groups for _ in range(count)], cos, sin)
+    return attend_by_torch(qkv, batch, cos, sin)
+
+
+def attend_by_torch(qkv: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same by torch's own attention, once for each group of sequences of one length."""
+    mixed = []
+    with products("fp32"):  # bf16 makes small products slower
+        for group in zip(*map(batch.split, Rotate.apply(qkv, cos, sin)), strict=True):
+            query, key, value = (x.transpose(1, 2) for x in group)  # each [sequences, H, length, D]
+            mixed.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(mixed)
+
+
+class Attend(torch.autograd.Function):
+    """`lengths` are those of the sequences in packed order. The attention weights are kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, qkv, lengths, cos, sin):
+        query, key, value = qkv.unbind(1)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+        mixed, weights = torch.empty_like(query), []
+        with products("fp32"):  # bf16 makes small products slower
+            for q, k, v, out in by_sequence(lengths, query, key, value, mixed):  # each [H, length, D]
+                scores = product(q, k.mT, q.new_empty(len(q), q.shape[1], q.shape[1]), q.shape[-1] ** -0.5)
+                weights.append(torch.softmax(scores, -1))
+                product(weights[-1], v, out)
+        ctx.lengths = lengths
+        ctx.save_for_backward(query, key, value, cos, sin, *weights)
+        return mixed.flatten(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        query, key, value, cos, sin, *weights = ctx.saved_tensors
+        gradient = query.new_empty(len(query), 3, *query.shape[1:])
+        to_query, to_key = torch.empty_like(query), torch.empty_like(key)
+        parts = by_sequence(
+            ctx.lengths, query, key, value, slope.reshape(query.shape), to_query, to_key, gradient[:, 2]
+        )
+        with products("fp32"):  # bf16 makes small products slower
+            for w, (q, k, v, out, to_q, to_k, to_v) in zip(weights, parts, strict=True):
+                product(w.mT, out, to_v)
+                to_weights = product(out, v.mT, torch.empty_like(w))
+                to_scores = torch._softmax_backward_data(to_weights, w, -1, w.dtype)
+                product(to_scores, k, to_q, q.shape[-1] ** -0.5)
+                product(to_scores.mT, q, to_k, q.shape[-1] ** -0.5)
+        rotated(to_query, cos, -sin, out=gradient[:, 0])
+        rotated(to_key, cos, -sin, out=gradient[:, 1])
+        return gradient, None, None, None
+
+
+def by_sequence(lengths: list[int], *flat: torch.Tensor):
+    """Views [H, length, D] of each [T, H, D], a tuple of them a sequence."""
+    return zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in flat), strict=True)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale * a @ b, written to where `out` lies, whatever its strides."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+class Rotate(torch.autograd.Function):
+    """Queries, keys and values out of qkv [T, 3, H, D], each [T, H, D], RoPE (Su et al. 2021) on the first two.
+
+    The gradient of a rotation is the rotation by the opposite angle, so nothing but angles is saved, and the three
+    gradients are written straight into the one of qkv.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        query, key, value = qkv.unbind(1)
+        return rotated(query, cos, sin), rotated(key, cos, sin), value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, query, key, value):
+        cos, sin = ctx.saved_tensors
+        gradient = query.new_empty(len(query), 3, *query.shape[1:])
+        rotated(query, cos, -sin, out=gradient[:, 0])
+        rotated(key, cos, -sin, out=gradient[:, 1])
+        gradient[:, 2] = value
+        return gradient, None, None
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Each pair (x[i], x[i + D / 2]) of [T, H, D], turned by its angle."""
+    out = torch.empty_like(x) if out is None else out
+    (left, right), (out_left, out_right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(left, cos, out=out_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=out_right).addcmul_(left, sin)
+    return out
+
+
+def angles(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """cos and sin, each [T, 1, head_dim / 2], of position x frequency, in float32 as transformers does."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angle = (positions[:, None].float() * (1.0 / theta**exponents))[:, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,0 +1,67 @@
+"""Masked-LM loss from hidden states, without the logits of all positions ever existing at once.
+
+The product with the vocabulary, the softmax and both gradients are made a block of rows at a time, while the block is
+in the cache (the idea of Liger Kernel, Hsu et al. 2024, arXiv 2410.10989, and of Cut Cross-Entropy, Wijmans et al.
+2024, arXiv 2411.09009). `cross_entropy_sum` on the model's logits is the slow twin.
+"""
+
+import torch
+from torch.nn import functional as F
+
+BLOCK_ELEMENTS = 2**20  # logits a block: 4 MB
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """In float32 at least, whatever the model computes in."""
+    return F.cross_entropy(logits.to(exact(logits.dtype)), targets, reduction="sum")
+
+
+def linear_cross_entropy_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over M rows of -log softmax(hidden @ weight.T + bias)[target], in float32 at least.
+
+    hidden: [M, D], weight: [V, D], bias: [V], targets: int64[M].
+    """
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made with the loss, for the sum's own gradient is one number, by which they are multiplied."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            return LinearCrossEntropy.in_blocks(ctx, hidden, weight, bias, targets, dtype)
+
+    @staticmethod
+    def in_blocks(ctx, hidden, weight, bias, targets, dtype):
+        total = torch.zeros((), dtype=exact(dtype), device=hidden.device)
+        to_hidden, to_weight, to_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
+        rounded, wanted = weight.to(dtype), any(ctx.needs_input_grad)
+        rows = max(1, BLOCK_ELEMENTS // len(weight))
+        for h, target, to_h in zip(hidden.split(rows), targets.split(rows), to_hidden.split(rows), strict=True):
+            h = h.to(dtype)
+            log_p = torch.log_softmax(torch.addmm(bias.to(dtype), h, rounded.T).to(total.dtype), -1)
+            at = (torch.arange(len(target), device=target.device), target)
+            total -= log_p[at].sum()
+            if wanted:  # the logits' gradient: probabilities, less one at the target
+                to_logits = log_p.exp_()
+                to_logits[at] -= 1
+                to_bias += to_logits.sum(0)
+                to_logits = to_logits.to(dtype)
+                to_h.copy_(to_logits @ rounded)
+                to_weight.addmm_(to_logits.T.to(weight.dtype), h.to(weight.dtype))
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return *(gradient * slope for gradient in ctx.saved_tensors), None
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,29 @@
+"""Products in bfloat16 on a CPU: weights, sums and all else stay in float32, only what a product reads is rounded.
+
+It is torch's own switch for float32 products, not autocast, which copies every weight and activation at every step and
+on small models costs more than it saves. Where a CPU multiplies bfloat16 in hardware (AMX), products of a small model's
+shapes take a quarter of the time; elsewhere the switch would slow them down and is refused.
+"""
+
+import contextlib
+
+import torch
+
+from tasks.errors import InputError
+
+
+def check_precision(precision: str) -> None:
+    """Raises InputError for bf16 where the hardware has no such products."""
+    if precision == "bf16" and not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
+        raise InputError("precision=bf16: this CPU does not multiply bfloat16 in hardware (AMX); set precision=fp32")
+
+
+@contextlib.contextmanager
+def products(precision: str):
+    """float32 products in the precision "fp32" or "bf16" while it lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tasks.errors import InputError
 from tlm.batches import Batch
@@ -136,12 +137,31 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv = self.Wqkv(hidden_TD).unflatten(-1, (3, self.heads, -1))
-        groups = zip(*map(batch.split, Rotate.apply(qkv, cos, sin)), strict=True)
+        return self.out_drop(self.Wo(self.mix(qkv, batch, cos, sin)))
+
+    def mix(self, qkv: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[T, 3, heads, head_dim] -> [T, hidden]"""
+        rotated = Rotate.apply(qkv, cos, sin)
+        if flash_takes(qkv):
+            return flash(*rotated, batch).flatten(1)
         mixed = []
-        for group in groups:  # thrice [sequences, length, heads, head_dim]
+        for group in zip(*map(batch.split, rotated), strict=True):  # thrice [sequences, length, heads, head_dim]
             query, key, value = (x.transpose(1, 2) for x in group)
             mixed.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.out_drop(self.Wo(torch.cat(mixed)))
+        return torch.cat(mixed)
+
+
+def flash_takes(qkv: torch.Tensor) -> bool:
+    """Whether flash attention's kernel is for such numbers: on a GPU, of 16 bits, with a head_dim it was built for."""
+    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.shape[-1] % 8 == 0
+
+
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Attention of all sequences, each to itself, in one call (Dao 2023, arXiv 2307.08691): [T, heads, head_dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = batch.groups[-1][1]
+    return varlen_attn(query, key, value.contiguous(), batch.borders, batch.borders, longest, longest)
 
 
 class GatedMLP(nn.Module):
@@ -177,13 +197,17 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(shape)
         self.layers = nn.ModuleList(Layer(shape, first=i == 0) for i in range(shape.layers))
         self.final_norm = Norm(shape)
+        self.checkpointing = False  # whether layers keep their input alone and are computed again in the backward pass
 
     def forward(self, batch: Batch) -> torch.Tensor:
         hidden_TD = self.embeddings(batch.tokens)
         head_dim = self.shape.hidden // self.shape.heads
         cos, sin = angles(batch.positions, head_dim, self.shape.rope_theta, hidden_TD.dtype)
         for layer in self.layers:
-            hidden_TD = layer(hidden_TD, batch, cos, sin)
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden_TD = checkpoint(layer, hidden_TD, batch, cos, sin, use_reentrant=False)
+            else:
+                hidden_TD = layer(hidden_TD, batch, cos, sin)
         return self.final_norm(hidden_TD)
 
 
@@ -275,6 +299,21 @@ def draw(module: nn.Module, generator: torch.Generator, residual_scale: float = 
                 fresh = torch.empty(weight.shape)
                 nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
                 weight.copy_(fresh * residual_scale if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else fresh)
+
+
+def compile_layers(model: Transformer, device: torch.device) -> None:
+    """torch.compile of each layer, for any number of tokens; attention's groups, new in each batch, stay as they are.
+
+    Raises InputError where nothing can be compiled.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a missing compiler is told in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"compile=true: torch.compile does not work here ({reason}); set compile=false") from None
+    for layer in model.model.layers:
+        layer.attn.mix = torch.compiler.disable(layer.attn.mix)
+        layer.compile(dynamic=True)
 
 
 def forward_flops(shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0) -> int:

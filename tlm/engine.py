@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tasks.errors import InputError
-from tlm.config import StageConfig
+from tlm.config import StageConfig, TrainConfig
 from tlm.optimizers import build_optimizer
 
 
@@ -100,21 +100,28 @@ def quiet():
         yield
 
 
-def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision: str, extra: dict[str, Any]):
-    """The DeepSpeed engine of one stage. `losses` holds the model; `extra` overrides DeepSpeed's configuration.
-
-    Raises InputError for what cannot work together.
-    """
-    import deepspeed
-
-    zero = (extra.get("zero_optimization") or {}).get("stage", 0)
-    if optimizer == "muon" and zero:
+def check(config: TrainConfig) -> None:
+    """Raises InputError for what ZeRO cannot do; to be called before anything is written."""
+    zero = (config.deepspeed.get("zero_optimization") or {}).get("stage", 0)
+    if config.optimizer == "muon" and zero:
         raise InputError(
             f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "
             "orthogonalise; set optimizer=adamw, or stage 0"
         )
-    if stage.average != "none" and zero == 3:
-        raise InputError("deepspeed.zero_optimization.stage=3: cuts up what average would keep; set average=none")
+    for name in ("joint", "finetune"):
+        if zero == 3 and getattr(config, name).average != "none":
+            raise InputError(
+                f"deepspeed.zero_optimization.stage=3: cuts up what {name}.average would keep; set {name}.average=none"
+            )
+
+
+def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision: str, extra: dict[str, Any]):
+    """The DeepSpeed engine of one stage. `losses` holds the model; `extra` overrides DeepSpeed's configuration.
+
+    Raises InputError for what DeepSpeed refuses.
+    """
+    import deepspeed
+
     config = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; our micro-batches hold any number of texts
         "gradient_accumulation_steps": stage.accumulation,

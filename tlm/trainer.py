@@ -69,6 +69,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
     check_boards(config.boards)
+    engines.check(config)
     device = engines.device_of(config.device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device)

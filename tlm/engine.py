@@ -102,7 +102,8 @@ def quiet():
 
 def check(config: TrainConfig) -> None:
     """Raises InputError for what ZeRO cannot do; to be called before anything is written."""
-    zero = (config.deepspeed.get("zero_optimization") or {}).get("stage", 0)
+    given = config.deepspeed.get("zero_optimization")
+    zero = given.get("stage", 0) if isinstance(given, dict) else 0  # DeepSpeed refuses the rest itself
     if config.optimizer == "muon" and zero:
         raise InputError(
             f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "

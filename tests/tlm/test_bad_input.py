@@ -67,6 +67,11 @@ CASES = {
     "a head of odd size": ({}, ["model.hidden=20", "model.heads=4"], ["model.hidden=20", "model.heads=4"]),
     "ZeRO with Muon": ({}, [ZERO.format(1), *QUICK], ["stage=1", "Muon", "optimizer=adamw"]),
     "ZeRO of no stage": ({}, [ZERO.format(7), "optimizer=adamw", *QUICK], ["deepspeed", "refuses"]),
+    "ZeRO without its keys": (
+        {},
+        ["deepspeed.zero_optimization=2", "optimizer=adamw", *QUICK],
+        ["deepspeed", "refuses"],
+    ),
     "averages under ZeRO 3": (
         {},
         [ZERO.format(3), "optimizer=adamw", "finetune.average=ema", *QUICK],

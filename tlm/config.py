@@ -130,7 +130,13 @@ class RunConfig:
 class TrainConfig(RunConfig):
     task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
-    precision: str = key("fp32", "fp32, or bf16 (on a GPU)")
+    device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
+    precision: str = key("fp32", "fp32, or bf16 (on a GPU, with flash attention)")
+    compile: bool = key(False, "torch.compile of the layers")
+    activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
+    micro_batch: str = key(
+        "none", "most tokens a process computes at once: a number, none, or auto: what fits; a step stays the same"
+    )
     optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest), adamw or adamw8bit")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")
     keep_checkpoints: int = key(2, "checkpoints that stay on disk; the best weights are kept apart")
@@ -345,8 +351,11 @@ def to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
-# Where a run writes and what else may be changed without changing its result.
-NOT_THE_RESULT = ("run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "boards", "price_per_hour")
+# Where a run writes and what else may be changed without changing its result, but for rounding.
+NOT_THE_RESULT = (
+    "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "boards", "price_per_hour",
+    "device", "compile", "activation_checkpointing", "micro_batch",
+)  # fmt: skip
 
 
 def sha256(config: Any) -> str:
@@ -364,6 +373,7 @@ CHOICES = {
     "init.method": ("cooccurrence", "random"),
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
+    "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "spike": ("rewind", "skip", "stop", "log"),
     "boards": ("tensorboard", "wandb", "mlflow"),
@@ -405,6 +415,9 @@ def validate(config: Any) -> Any:
     for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
+    limit = flat.get("micro_batch", "none")
+    if limit not in ("none", "auto") and not (limit.isdecimal() and int(limit)):
+        raise InputError(f"micro_batch={limit}: must be none, auto or a number of tokens")
     if "model.size" in flat and config.model.size in SIZES:
         for name, value in zip(("hidden", "layers", "heads", "intermediate"), SIZES[config.model.size], strict=True):
             if getattr(config.model, name) is None:

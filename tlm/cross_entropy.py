@@ -5,6 +5,8 @@ in the cache (the idea of Liger Kernel, Hsu et al. 2024, arXiv 2410.10989, and o
 2024, arXiv 2411.09009). `cross_entropy_sum` on the model's logits is the slow twin.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.nn import functional as F
 
@@ -32,12 +34,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        with torch.autocast(device, enabled=False):
+        rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if rounds else nullcontext():
+            dtype = torch.get_autocast_dtype(device) if rounds else hidden.dtype
             return LinearCrossEntropy.in_blocks(ctx, hidden, weight, bias, targets, dtype)
 
     @staticmethod
     def in_blocks(ctx, hidden, weight, bias, targets, dtype):
+        """`dtype` is what products read; they are summed and kept in the tensors' own."""
         total = torch.zeros((), dtype=exact(dtype), device=hidden.device)
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
         rounded, wanted = weight.to(dtype), any(ctx.needs_input_grad)
@@ -53,7 +57,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 to_bias += to_logits.sum(0)
                 to_logits = to_logits.to(dtype)
                 to_h.copy_(to_logits @ rounded)
-                to_weight.addmm_(to_logits.T.to(weight.dtype), h.to(weight.dtype))
+                if dtype == weight.dtype:
+                    to_weight.addmm_(to_logits.T, h)
+                else:
+                    to_weight += to_logits.T @ h
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         return total
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tasks.errors import InputError
-from tlm.config import StageConfig
+from tlm.config import StageConfig, TrainConfig
 from tlm.optimizers import build_optimizer
 
 
@@ -26,6 +26,7 @@ class World:
 
     rank: int
     size: int
+    device: torch.device = torch.device("cpu")
 
     def sum(self, values) -> list[float]:
         """Element-wise sum of numbers over all processes."""
@@ -33,7 +34,7 @@ class World:
             return list(values)
         from deepspeed import comm
 
-        total = torch.tensor(np.asarray(values), dtype=torch.float64)
+        total = torch.tensor(np.asarray(values), dtype=torch.float64, device=self.device)
         comm.all_reduce(total)
         return total.tolist()
 
@@ -47,15 +48,31 @@ class World:
 ALONE = World(0, 1)
 
 
-def launch() -> World:
+def device_of(name: str) -> torch.device:
+    """The device that `device=` names for this process. Raises InputError if it is not there."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not found):
+        return torch.device("cpu")
+    if not found:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU answers"
+        raise InputError(f"device=cuda: {why}; set device=cpu, or see `tlm doctor`")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= found:
+        raise InputError(f"device=cuda: more processes than the {found} GPUs of this machine; start one for each GPU")
+    return torch.device("cuda", local)
+
+
+def launch(device: torch.device = ALONE.device) -> World:
     """Join the processes that a launcher started, or be the only one.
 
     DeepSpeed would compile a shared-memory all-reduce for CPUs at every first start: half a minute and a C++ compiler,
     and a start that was killed leaves a lock that the next waits on for ever. Gloo's all-reduce does without; models
     that CPUs train are small.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with quiet():
         import deepspeed
@@ -70,14 +87,10 @@ def launch() -> World:
             for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
                 os.environ.setdefault(name, value)
             store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
-            torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with quiet():
-            deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
-    return World(comm.get_rank(), comm.get_world_size())
-
-
-def backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return World(comm.get_rank(), comm.get_world_size(), device)
 
 
 @contextlib.contextmanager
@@ -87,19 +100,29 @@ def quiet():
         yield
 
 
-def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision: str, extra: dict[str, Any]):
-    """The DeepSpeed engine of one stage. `losses` holds the model; `extra` overrides DeepSpeed's configuration.
-
-    Raises InputError for what cannot work together.
-    """
-    import deepspeed
-
-    zero = (extra.get("zero_optimization") or {}).get("stage", 0)
-    if optimizer == "muon" and zero:
+def check(config: TrainConfig) -> None:
+    """Raises InputError for what ZeRO cannot do; to be called before anything is written."""
+    given = config.deepspeed.get("zero_optimization")
+    zero = given.get("stage", 0) if isinstance(given, dict) else 0  # DeepSpeed refuses the rest itself
+    if config.optimizer == "muon" and zero:
         raise InputError(
             f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "
             "orthogonalise; set optimizer=adamw, or stage 0"
         )
+    for name in ("joint", "finetune"):
+        if zero == 3 and getattr(config, name).average != "none":
+            raise InputError(
+                f"deepspeed.zero_optimization.stage=3: cuts up what {name}.average would keep; set {name}.average=none"
+            )
+
+
+def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision: str, extra: dict[str, Any]):
+    """The DeepSpeed engine of one stage. `losses` holds the model; `extra` overrides DeepSpeed's configuration.
+
+    Raises InputError for what DeepSpeed refuses.
+    """
+    import deepspeed
+
     config = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; our micro-batches hold any number of texts
         "gradient_accumulation_steps": stage.accumulation,
@@ -107,7 +130,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
         "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": precision == "bf16" and torch.cuda.is_available(), "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         **extra,
     }

@@ -29,13 +29,13 @@ def batches_by_length(lengths: np.ndarray, tokens_per_batch: int = TOKENS_PER_BA
 @torch.no_grad()
 def probabilities(model: nn.Module, source: Source, world: World = ALONE) -> np.ndarray:
     """float64[size, labels]: the classification head's softmax for each example. Processes share the work."""
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     result = np.zeros((len(source), model.shape.num_labels))
     for batch in batches_by_length(source.lengths)[world.rank :: world.size]:
-        packed = pack([source.sequence(i) for i in batch])
+        packed = pack([source.sequence(i) for i in batch]).to(device)
         logits_NC = model.classify(model(packed), packed)
-        result[batch] = logits_NC.double().softmax(-1).numpy()
+        result[batch] = logits_NC.double().softmax(-1).cpu().numpy()
     model.train(was_training)
     return np.array(world.sum(result.ravel())).reshape(result.shape)
 

@@ -60,17 +60,13 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
     is damaged, or the tokenizer is not its own.
     """
     from tlm.model import load_model, write_tensors
-    from tlm.tokenizer import load_tokenizer, save_tokenizer
+    from tlm.tokenizer import own_tokenizer, save_tokenizer
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; name a new one")
-    model, tokenizer = load_model(model_folder), load_tokenizer(tokenizer_path)
+    model = load_model(model_folder)
+    tokenizer = own_tokenizer(tokenizer_path, model.shape.vocabulary, summary.get("tokenizer_sha256"))
     labels = read_json(model_folder / "model.json")["labels"]
-    if tokenizer.get_vocab_size() != model.shape.vocabulary:
-        raise InputError(
-            f"{tokenizer_path}: has {tokenizer.get_vocab_size()} tokens, the model {model.shape.vocabulary}; "
-            "give the tokenizer that the model was trained with"
-        )
     if len(labels) != model.shape.num_labels:
         raise InputError(
             f"{model_folder}: model.json names {len(labels)} labels of {model.shape.num_labels}; give a finished model"

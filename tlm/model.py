@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tasks.errors import InputError
 from tlm.attention import angles, attend
@@ -92,13 +93,14 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape):
         super().__init__()
         self.heads = shape.heads
+        self.attend = attend
         self.Wqkv = linear(shape.hidden, 3 * shape.hidden)
         self.Wo = linear(shape.hidden, shape.hidden)
         self.out_drop = nn.Dropout(shape.dropout)
 
     def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv = self.Wqkv(hidden_TD).unflatten(-1, (3, self.heads, -1))
-        return self.out_drop(self.Wo(attend(qkv, batch, cos, sin)))
+        return self.out_drop(self.Wo(self.attend(qkv, batch, cos, sin)))
 
 
 class GatedMLP(nn.Module):
@@ -134,13 +136,17 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(shape)
         self.layers = nn.ModuleList(Layer(shape, first=i == 0) for i in range(shape.layers))
         self.final_norm = Norm(shape)
+        self.checkpointing = False  # whether layers keep their input alone and are computed again in the backward pass
 
     def forward(self, batch: Batch) -> torch.Tensor:
         hidden_TD = self.embeddings(batch.tokens)
         head_dim = self.shape.hidden // self.shape.heads
         cos, sin = angles(batch.positions, head_dim, self.shape.rope_theta, hidden_TD.dtype)
         for layer in self.layers:
-            hidden_TD = layer(hidden_TD, batch, cos, sin)
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden_TD = checkpoint(layer, hidden_TD, batch, cos, sin, use_reentrant=False)
+            else:
+                hidden_TD = layer(hidden_TD, batch, cos, sin)
         return self.final_norm(hidden_TD)
 
 
@@ -241,6 +247,21 @@ def draw(module: nn.Module, generator: torch.Generator, residual_scale: float = 
                 fresh = torch.empty(weight.shape)
                 nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
                 weight.copy_(fresh * residual_scale if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else fresh)
+
+
+def compile_layers(model: Transformer, device: torch.device) -> None:
+    """torch.compile of each layer, for any number of tokens; attention's groups, new in each batch, stay as they are.
+
+    Raises InputError where nothing can be compiled.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a missing compiler is told in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"compile=true: torch.compile does not work here ({reason}); set compile=false") from None
+    for layer in model.model.layers:
+        layer.attn.attend = torch.compiler.disable(layer.attn.attend)
+        layer.compile(dynamic=True)
 
 
 def forward_flops(shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0) -> int:

@@ -78,8 +78,11 @@ class Objective:
     mlm_weight: float
     masking: Masking | None
 
-    def step(self, micros: list[MicroBatch], rank: int = 0, world: int = 1) -> list[Weighted]:
-        """The share of `rank`: summed over micro-batches and ranks, weight x loss sum is the step's joint loss.
+    def step(
+        self, micros: list[MicroBatch], rank: int = 0, world: int = 1, most_tokens: int | None = None
+    ) -> list[Weighted]:
+        """The share of `rank`, in parts of about `most_tokens` tokens: summed over
+        parts and ranks, weight x loss sum is the step's joint loss.
 
         That is the mean over the step's micro-batches, where each term is a mean over all examples (or masked tokens)
         that the step's micro-batches of that source hold.
@@ -93,19 +96,13 @@ class Objective:
             masked = sum((targets != IGNORE).sum() for group in same for _, targets in group if targets is not None)
             is_task = micro.source == TASK
             mlm_share = share * rho2 / (rho2 + 1) if is_task else share
-            mine = pairs[rank::world]
-            result.append(
-                Weighted(
-                    micro.source,
-                    pack(
-                        [inputs for inputs, _ in mine],
-                        targets=[targets for _, targets in mine] if mine[0][1] is not None else None,
-                        labels=self.sources[TASK].labels[micro.examples[rank::world]] if is_task else None,
-                    ),
-                    mlm=float(mlm_share / masked) if masked else 0.0,
-                    task=share / (rho2 + 1) / sum(map(len, same)) if is_task else 0.0,
-                )
-            )
+            mlm_weight = float(mlm_share / masked) if masked else 0.0
+            task_weight = share / (rho2 + 1) / sum(map(len, same)) if is_task else 0.0
+            labels = self.sources[TASK].labels[micro.examples] if is_task else None
+            for part in parts([len(inputs) for inputs, _ in pairs], rank, world, most_tokens):
+                inputs, targets = zip(*(pairs[i] for i in part), strict=True)
+                batch = pack(inputs, targets if targets[0] is not None else None, labels[part] if is_task else None)
+                result.append(Weighted(micro.source, batch, mlm_weight, task_weight))
         return result
 
     def examples(self, micro: MicroBatch) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -115,6 +112,20 @@ class Objective:
             return [(sequence(i), None) for i in micro.examples]
         pairs = zip(micro.examples, micro.positions, strict=True)
         return [self.masking(sequence(i), micro.source, position) for i, position in pairs]
+
+
+def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None) -> list[np.ndarray]:
+    """The examples of `rank`, every world-th, in as few parts as keep each rank's within `most_tokens` tokens; as many
+    for each rank, since some engines meet after each part. At least one example a part: one may be too long."""
+    shares = [np.arange(r, len(lengths), world) for r in range(world)]
+    sizes, count = np.array(lengths), 1
+
+    def fit(share: np.ndarray) -> bool:
+        return all(sizes[part].sum() <= most_tokens for part in np.array_split(share, count))
+
+    while most_tokens and count < len(shares[-1]) and not all(map(fit, shares)):
+        count += 1
+    return np.array_split(shares[rank], count)
 
 
 class Losses(nn.Module):

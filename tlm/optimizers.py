@@ -75,7 +75,9 @@ def adamw_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None
     """AdamW (Loshchilov & Hutter 2019) by torch's fused kernel: one pass over memory."""
     for p in parameters:
         if "exp_avg" not in state[p]:
-            state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state[p].update(
+                step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            )
     adamw(
         parameters,
         [p.grad for p in parameters],

@@ -13,6 +13,7 @@ import numpy as np
 from tasks.files import expand
 from tlm.config import TrainConfig
 from tlm.ledger import paper_flops
+from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.model import ModelShape, forward_flops
 from tlm.optimizers import muon_flops
 from tlm.prepare import arm_of, open_task
@@ -92,24 +93,6 @@ def plan(config: TrainConfig) -> dict:
         | {"all": round(sum(memory.values()) / 2**20)},
         "estimated_money": round(config.price_per_hour * sum(minutes.values()) / 60, 2),
     }
-
-
-def activation_bytes(shape: ModelShape, tokens: int, masked: int) -> int:
-    """What a micro-batch keeps for its backward pass, in fp32, and the logits at their largest.
-
-    A layer keeps 11 hidden and 4 intermediate numbers a token (counted: inputs of both norms and of the four matrix
-    products, queries, keys, values, attention's result, the gate and its activation); the masked-LM head has logits,
-    their log-softmax and a gradient, each of the vocabulary's size, a masked token.
-    """
-    return 4 * (tokens * shape.layers * (11 * shape.hidden + 4 * shape.intermediate) + 3 * masked * shape.vocabulary)
-
-
-def optimizer_bytes(optimizer: str, parameters: int, matrices: int) -> int:
-    """State of the optimizer: two fp32 moments a parameter for AdamW, two bytes if they are of 8 bits; Muon keeps one
-    fp32 momentum of the layers' `matrices`, of the `parameters`, and leaves the others to AdamW."""
-    if optimizer == "adamw8bit":
-        return 2 * parameters
-    return 8 * parameters - (4 * matrices if optimizer == "muon" else 0)
 
 
 def show(config: TrainConfig) -> None:

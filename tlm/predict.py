@@ -40,21 +40,22 @@ def open_run(folder: str | Path, threads: int = 0) -> Predictor:
     labels = tuple(summary["labels"])
     if summary["arm"] == "tfidf":
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
-    return Predictor(folder, labels, neural(folder / "model", threads))
+    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads))
 
 
-def neural(folder: Path, threads: int):
+def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
     import torch
 
     from tlm.evaluate import probabilities
     from tlm.model import load_model
     from tlm.objectives import Source
     from tlm.prepare import encoded
-    from tlm.tokenizer import load_tokenizer
+    from tlm.tokenizer import own_tokenizer
     from tlm.tokens import heads
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    model, tokenizer = load_model(folder), load_tokenizer(folder / "tokenizer.json")
+    model = load_model(folder)
+    tokenizer = own_tokenizer(folder / "tokenizer.json", model.shape.vocabulary, tokenizer_sha256)
 
     def of_texts(texts: list[str]) -> np.ndarray:
         passages, _ = heads(encoded(texts, tokenizer), model.shape.max_length)

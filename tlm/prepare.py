@@ -131,6 +131,9 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
                 return cached_tokens(cache, key, selection.texts(), tokenizer, progress.update)
 
             tokens = charged(ledger, "tokenizing", cache, f"{key}/{tokenizer_hash(tokenizer)}", tokenize)
+    inputs.append({
+        "path": "tokenizer.json", "rows": tokenizer.get_vocab_size(), "sha256": tokenizer_hash(tokenizer)
+    })  # fmt: skip
     train, cut = task_source(task, "train", tokenizer, config.model.max_length)
     external = None
     if tokens:

@@ -77,13 +77,25 @@ class Run:
         path = self.folder / "inputs.json"
         if path.exists():
             old = {i["path"]: i["sha256"] for i in read_json(path)}
-            changed = [i["path"] for i in inputs if old.get(i["path"], i["sha256"]) != i["sha256"]]
-            if changed:
-                raise InputError(f"{changed[0]}: has changed since run {self.folder} began; choose another run=NAME")
+            for name, sha in ((i["path"], i["sha256"]) for i in inputs):
+                if old.get(name, sha) != sha:
+                    raise InputError(
+                        f"{name}: has changed since run {self.folder} began (sha256 {old[name][:12]} then, {sha[:12]} "
+                        "now); restore it or choose another run=NAME"
+                    )
         if self.writes:
             write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
             write_json(self.folder / "env.json", environment())
             write_json(path, inputs)
+
+    def micro_batches(self) -> dict[str, int]:
+        """What micro_batch=auto chose, by stage: a run that goes on keeps to it, so as to end the same."""
+        path = self.folder / "micro_batch.json"
+        return read_json(path) if self.config.micro_batch == "auto" and path.exists() else {}
+
+    def keep_micro_batch(self, stage: str, tokens: int) -> None:
+        if self.writes and self.config.micro_batch == "auto":
+            write_json(self.folder / "micro_batch.json", self.micro_batches() | {stage: tokens})
 
     @property
     def checkpoints(self) -> Path:

@@ -95,6 +95,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def own_tokenizer(path: Path, vocabulary: int, sha256: str | None) -> Tokenizer:
+    """The tokenizer that a model of `vocabulary` tokens was trained with, whose hash is `sha256` where it was noted.
+
+    Raises InputError if another one lies there: its ids would mean other words.
+    """
+    tokenizer = load_tokenizer(path)
+    size = tokenizer.get_vocab_size()
+    if size != vocabulary:
+        raise InputError(
+            f"{path}: has {size} tokens, the model {vocabulary}; give the tokenizer that the model was trained with"
+        )
+    if sha256 and tokenizer_hash(tokenizer) != sha256:
+        raise InputError(
+            f"{path}: is not the tokenizer that the model was trained with (sha256 {tokenizer_hash(tokenizer)[:12]}, "
+            f"not {sha256[:12]}); restore it"
+        )
+    return tokenizer
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """sha256 of all that decides how it cuts."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

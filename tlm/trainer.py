@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from tasks.errors import InputError
 from tlm import engine as engines
-from tlm import evaluate, warmstart
+from tlm import evaluate, memory, warmstart
 from tlm.ahead import Ahead
 from tlm.averaging import Average
 from tlm.boards import Boards, check_boards, open_boards
@@ -27,7 +27,7 @@ from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, peak_rss_bytes
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
-from tlm.model import Transformer, forward_flops, load_model, save_model
+from tlm.model import Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.prepare import Prepared, open_task, prepare
@@ -35,7 +35,7 @@ from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
 from tlm.signals import Stopped, StopSignals
 from tlm.spikes import Spikes
-from tlm.tokenizer import MASK, SPECIALS, save_tokenizer
+from tlm.tokenizer import MASK, SPECIALS, save_tokenizer, tokenizer_hash
 
 LOG_EVERY = 10  # steps
 Drawn = tuple[list[MicroBatch], list[Weighted]]  # a step's examples over all processes, this one's share as batches
@@ -50,6 +50,7 @@ class Stage:
     objective: Objective
     mixture: Mixture
     step: int = 0
+    most_tokens: int | None = None  # that a process computes at once: `micro_batch=`
     skipped: int = 0  # steps' worth of batches left out after loss spikes
     spikes: Spikes = field(default_factory=Spikes)
     best: dict = field(default_factory=dict)  # dev scores of the best weights so far
@@ -68,8 +69,15 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
     check_boards(config.boards)
+    engines.check(config)
+    device = engines.device_of(config.device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = engines.launch()
+    world = engines.launch(device)
+    if world.size > len(task.splits["train"]):
+        raise InputError(
+            f"{task.source}: {len(task.splits['train'])} training texts for {world.size} processes; start no more "
+            "processes than texts"
+        )
     progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
     run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
     if run.summary_path.exists():
@@ -78,8 +86,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
 
     ledger = Ledger()
     prepared = prepare(config, task, ledger, progress, world)
-    meter = Meter(ledger, matmul_flops_per_second())
-    model = new_model(config, prepared)
+    meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
+    model = new_model(config, prepared, device)
     joint, finetune = stages(config, prepared, world)
     checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints)
     tag = latest(run.checkpoints)
@@ -90,8 +98,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             continue  # the checkpoint lies beyond it
         if stage is finetune:
             fresh_start(model, config)
-        engine = engines.initialize(Losses(model), stage.config, config.optimizer, config.precision, config.deepspeed)
+        losses = Losses(model).to(device)
+        stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
+            config.micro_batch, losses, stage.objective, stage.mixture, config.optimizer, config.precision, world
+        )
+        engine = engines.initialize(losses, stage.config, config.optimizer, config.precision, config.deepspeed)
         run.begin(prepared.inputs)
+        run.keep_micro_batch(stage.name, stage.most_tokens)
         meter.begin(stage.name)
         loop = Loop(config, run, prepared, world, progress, checkpoints, stage, model, engine, meter)
         if tag and tag.startswith(stage.name):
@@ -100,7 +113,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             loop.checkpoint()
         boards = open_boards(config.boards if run.writes else (), run.folder, stage.name, config, stage.step)
         with progress.phase(stage.name, stage.config.steps), signals, Ahead(loop.batches) as batches, closing(boards):
-            loop.steps(batches, boards, signals)
+            try:
+                loop.steps(batches, boards, signals)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{run.folder}: the GPU's memory is full; set micro_batch=auto, or to fewer tokens than "
+                    f"{stage.most_tokens or 'a micro-batch has'}, and the run goes on from its last checkpoint"
+                ) from None
         checkpoints.wait()
         stage.average.apply(model)
         engine.destroy()
@@ -139,12 +158,15 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
     return mixture
 
 
-def new_model(config: TrainConfig, prepared: Prepared) -> Transformer:
+def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> Transformer:
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`."""
     model = Transformer(prepared.shape(config.model), torch.Generator().manual_seed(config.seed))
     if prepared.start is not None:
         warmstart.predict_from_context(model, prepared.start)
     set_dropout(model, config.model.dropout)
+    model.model.checkpointing = config.activation_checkpointing
+    if config.compile:
+        compile_layers(model, device)
     return model
 
 
@@ -191,7 +213,7 @@ class Loop:
             loss, asked, due = self.world.sum([loss, signals.number, due])
             if trouble := stage.spikes.judge("+".join(micro.source for micro in draw), loss, norm):
                 meter.add(**{name: amounts[name] for name in ("tokens", "external_tokens", "flops")})
-                if self.answer(trouble, draw, loss, norm) == "rewind":
+                if self.answer(boards, trouble, draw, loss, norm) == "rewind":
                     continue
             else:
                 self.engine.step()
@@ -215,15 +237,15 @@ class Loop:
 
     def batches(self, index: int) -> Drawn:
         draw = self.stage.mixture.draw(index)
-        return draw, self.stage.objective.step(draw, self.world.rank, self.world.size)
+        parts = self.stage.objective.step(draw, self.world.rank, self.world.size, self.stage.most_tokens)
+        return draw, [replace(part, batch=part.batch.to(self.world.device)) for part in parts]
 
     def gradients(self, micros: list[Weighted]) -> tuple[float, float, dict[str, float]]:
         """Forward and backward of a step's micro-batches: this process's part of the loss, the norm of the whole
         gradient, and what the meter is to add."""
         amounts = dict.fromkeys(Meter.COUNTED, 0.0)
         for micro in micros:
-            if micro is not micros[0]:
-                self.engine.step()  # DeepSpeed only counts here, up to the last micro-batch
+            self.engine.set_gradient_accumulation_boundary(micro is micros[-1])
             mlm_sum, task_sum = self.engine(micro.batch, micro.mlm > 0, micro.task > 0)
             loss = sum(w * s for w, s in ((micro.mlm, mlm_sum), (micro.task, task_sum)) if s is not None)
             # DeepSpeed averages over processes; our weights sum
@@ -234,7 +256,7 @@ class Loop:
         amounts["steps"] = 1 / self.world.size
         return amounts["loss"], engines.gradient_norm(self.engine), amounts
 
-    def answer(self, trouble: str, draw: list[MicroBatch], loss: float, norm: float) -> str:
+    def answer(self, boards: Boards, trouble: str, draw: list[MicroBatch], loss: float, norm: float) -> str:
         """Do what `spike=` says about a bad step, with a line in metrics.jsonl; returns what was done."""
         stage, spikes = self.stage, self.stage.spikes
         action = spikes.action(self.config.spike, math.isfinite(loss + norm))
@@ -243,6 +265,7 @@ class Loop:
             stage=stage.name, step=stage.step + 1, kind="spike", trouble=trouble, action=action,
             loss=finite(loss), grad_norm=finite(norm), batches=batches,
         )  # fmt: skip
+        boards.write({"spike": 1.0, "spike_loss": finite(loss), "spike_grad_norm": finite(norm)}, stage.step + 1)
         self.progress.say(f"{stage.name} step {stage.step + 1}: {trouble}; {action}")
         if action == "stop":
             raise InputError(
@@ -322,16 +345,17 @@ def exhausted(stage: Stage) -> bool:
 
 
 def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict[str, float]:
-    """What a micro-batch adds to the meter; FLOPs three times those of the forward pass."""
+    """What a micro-batch adds to the meter. FLOPs: three times those of the forward pass, or four."""
     batch = micro.batch
     tokens = sum(batch.lengths)
     masked = len(batch.masked) if mlm_sum is not None else 0
     texts = len(batch) if task_sum is not None else 0
+    again = forward_flops(model.shape, batch.lengths) if model.model.checkpointing else 0
     return {
         "loss": loss.item(),
         "tokens": tokens,
         "external_tokens": tokens if micro.source == EXTERNAL else 0,
-        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, texts),
+        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, texts) + again,
         "mlm": mlm_sum.item() if masked else 0.0,
         "masked": masked,
         "task": task_sum.item() if texts else 0.0,
@@ -343,7 +367,7 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
     """Test once, by the best dev weights; then write predictions, the model and, last, the summary."""
     task = prepared.task
     if finetune.best:
-        model = load_model(run.checkpoints / "best")
+        model = load_model(run.checkpoints / "best").to(world.device)
     with progress.phase("test"), ledger.phase("test"):
         probabilities = evaluate.probabilities(model, prepared.source("test"), world)
         if not finetune.best:  # no stage two, or no dev scores in it: the last weights count
@@ -367,6 +391,7 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         else None,
         "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
         "config_sha256": run.config_sha256,
+        "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
     }
     if world.rank == 0:
         write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
@@ -395,7 +420,11 @@ def describe(values: dict, stage: Stage, metric: str) -> str:
     return " ".join([*parts, f"peak {peak_rss_bytes() / 2**30:.1f} GiB"])
 
 
-def matmul_flops_per_second() -> float:
-    from tlm.doctor import matmul_gflops
+def matmul_flops_per_second(device: torch.device, precision: str) -> float:
+    """Peak of the matrix products that `mfu` is a share of."""
+    from tlm.doctor import GPU_SIZE, matmul_gflops, matmul_seconds
 
-    return 1e9 * matmul_gflops(torch.get_num_threads())
+    if device.type == "cpu":
+        return 1e9 * matmul_gflops(torch.get_num_threads())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

@@ -1,7 +1,9 @@
 """Curves beside metrics.jsonl: what each board holds after two stages and a resume, and what is refused."""
 
 import json
+import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from tasks.errors import InputError
 from tlm.boards import check_boards, open_boards
 from tlm.cli import main
 from tlm.config import TrainConfig, load, validate
+from tlm.trainer import Loop
 
 WITHOUT_MLFLOW = "mlflow is in the extra `boards` alone: 25 packages, 3 seconds to import"
 
@@ -160,3 +163,29 @@ def test_a_run_writes_both_stages_and_its_money(tiny_task, tmp_path, monkeypatch
     assert not (tmp_path / "one" / "tensorboard").exists()
     cost = json.loads((tmp_path / "one" / "summary.json").read_text())["cost"]
     assert cost["money"] == pytest.approx(sum(cost["seconds"].values()), abs=0.01)
+
+
+def test_a_loss_spike_is_on_the_board_and_in_the_report(tiny_task, tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    gradients = Loop.gradients
+
+    def poisoned(loop, micros):
+        loss, norm, amounts = gradients(loop, micros)
+        return (math.nan if loop.stage.step == 4 and loop.stage.name == "joint" else loss), norm, amounts
+
+    monkeypatch.setattr(Loop, "gradients", poisoned)
+    small = "model.hidden=32 model.layers=1 model.heads=2 model.intermediate=32 tokenizer.vocabulary=200 threads=1"
+    steps = "joint.steps=20 joint.batch=4 joint.eval_every=10 finetune.steps=20 finetune.batch=4 finetune.eval_every=10"
+    where = [f"task={tiny_task}", f"out={tmp_path}", f"cache={tmp_path / 'cache'}", "run=one", "spike=skip"]
+    assert main(["train", *where, *small.split(), *steps.split()]) == 0
+    events = EventAccumulator(str(tmp_path / "one" / "tensorboard" / "joint")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("spike")] == [(5, 1.0)]
+    assert [event.step for event in events.Scalars("spike_grad_norm")] == [5]
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert "spike_loss" not in events.Tags()["scalars"]  # it was no number
+
+    assert main(["report", str(tmp_path / "one"), f"out={tmp_path / 'page.html'}"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    for title in ("Total loss", "Learning rate", "Gradient norm", "Throughput"):
+        assert re.search(rf"{title}[^.]* over the optimizer steps: one from [^\"]* Loss spikes: 1\.", page), title

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tlm.config import TrainConfig, load, validate
-from tlm.plan import activation_bytes, optimizer_bytes, plan
+from tlm.memory import activation_bytes, optimizer_bytes
+from tlm.plan import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

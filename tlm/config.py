@@ -131,7 +131,7 @@ class TrainConfig(RunConfig):
     task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
-    precision: str = key("fp32", "fp32, or bf16 (on a GPU, with flash attention)")
+    precision: str = key("fp32", "what matrix products read: fp32, or bf16 (a CPU with AMX, a GPU)")
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(

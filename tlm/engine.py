@@ -116,10 +116,10 @@ def check(config: TrainConfig) -> None:
             )
 
 
-def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision: str, extra: dict[str, Any]):
+def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: bool, extra: dict[str, Any]):
     """The DeepSpeed engine of one stage. `losses` holds the model; `extra` overrides DeepSpeed's configuration.
 
-    Raises InputError for what DeepSpeed refuses.
+    `autocast`: to bfloat16, on a GPU. Raises InputError for what DeepSpeed refuses.
     """
     import deepspeed
 
@@ -130,7 +130,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
         "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": precision == "bf16" and torch.cuda.is_available(), "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         **extra,
     }

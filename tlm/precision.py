@@ -12,15 +12,15 @@ import torch
 from tasks.errors import InputError
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, device: torch.device) -> None:
     """Raises InputError for bf16 where the hardware has no such products."""
-    if precision == "bf16" and not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported():
+    if precision == "bf16" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
         raise InputError("precision=bf16: this CPU does not multiply bfloat16 in hardware (AMX); set precision=fp32")
 
 
 @contextlib.contextmanager
 def products(precision: str):
-    """float32 products in the precision "fp32" or "bf16" while it lasts."""
+    """float32 products read "fp32" or "bf16" numbers while it lasts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
     try:

@@ -30,6 +30,7 @@ from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
+from tlm.precision import check_precision, products
 from tlm.prepare import Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
@@ -71,6 +72,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     check_boards(config.boards)
     engines.check(config)
     device = engines.device_of(config.device)
+    check_precision(config.precision, device)
+    autocast = config.precision == "bf16" and device.type == "cuda"
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device)
     if world.size > len(task.splits["train"]):
@@ -102,7 +105,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
             config.micro_batch, losses, stage.objective, stage.mixture, config.optimizer, config.precision, world
         )
-        engine = engines.initialize(losses, stage.config, config.optimizer, config.precision, config.deepspeed)
+        engine = engines.initialize(losses, stage.config, config.optimizer, autocast, config.deepspeed)
         run.begin(prepared.inputs)
         run.keep_micro_batch(stage.name, stage.most_tokens)
         meter.begin(stage.name)
@@ -114,7 +117,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         boards = open_boards(config.boards if run.writes else (), run.folder, stage.name, config, stage.step)
         with progress.phase(stage.name, stage.config.steps), signals, Ahead(loop.batches) as batches, closing(boards):
             try:
-                loop.steps(batches, boards, signals)
+                with products("fp32" if autocast else config.precision):
+                    loop.steps(batches, boards, signals)
             except torch.OutOfMemoryError:
                 raise InputError(
                     f"{run.folder}: the GPU's memory is full; set micro_batch=auto, or to fewer tokens than "
@@ -425,6 +429,7 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
     from tlm.doctor import GPU_SIZE, matmul_gflops, matmul_seconds
 
     if device.type == "cpu":
-        return 1e9 * matmul_gflops(torch.get_num_threads())
+        with products(precision):
+            return 1e9 * matmul_gflops(torch.get_num_threads())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

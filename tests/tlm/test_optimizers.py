@@ -153,7 +153,7 @@ def test_deepspeed_trains_with_each_optimizer(kind):
     engines.launch()
     net = model()
     stage = StageConfig(weight_decay=0.0, clip=0.0, matrix_lr=1e-3, lr=1e-3)
-    engine = engines.initialize(Losses(net), stage, kind, "fp32", {})
+    engine = engines.initialize(Losses(net), stage, kind, False, {})
     engines.set_rates(engine, stage, 1.0)
     assert isinstance(engine.basic_optimizer, adamw8bit() if kind == "adamw8bit" else Muon)
     batch = pack([np.arange(2, 14), np.arange(5, 20)], labels=np.array([0, 2]))

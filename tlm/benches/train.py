@@ -139,7 +139,7 @@ def ours(job: Job, optimizer: str) -> Iterator:
 
 
 def our_engine(job: Job, optimizer: str):
-    engine = engines.initialize(Losses(start_model(job)), JOINT, optimizer, "fp32", {})
+    engine = engines.initialize(Losses(start_model(job)), JOINT, optimizer, False, {})
     engines.set_rates(engine, JOINT, RATE_SHARE)
     return engine
 

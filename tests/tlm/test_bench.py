@@ -116,7 +116,7 @@ def allocated(megabytes):
 
 
 def contest(contestants):
-    return rounds.contest("test", contestants, 0, 1, train.PRELOAD, Progress(quiet=True))[0]
+    return rounds.contest("test", contestants, 0, 1, train.PRELOAD, Progress(quiet=True))
 
 
 def test_the_trainer_goes_through_the_same_texts_in_as_many_steps(job):

@@ -11,11 +11,10 @@ AMX = torch.cpu._is_amx_tile_supported()
 
 def test_it_lasts_as_long_as_asked_for_and_nests():
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), products("bf16"):
-        with products("fp32"):
-            assert torch.get_float32_matmul_precision() == "highest"
+    with products("bf16"):
+        with pytest.raises(KeyError, match="True"), products("fp32"):
+            raise KeyError(torch.get_float32_matmul_precision() == "highest")
         assert torch.get_float32_matmul_precision() == "medium"
-        raise KeyError
     assert torch.get_float32_matmul_precision() == before
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import InputError
-from tlm.doctor import matmul_gflops
 from tlm.engine import quiet
 from tlm.progress import Progress
 
@@ -40,20 +39,20 @@ class Record:
 
 def contest(
     title: str, contestants: dict[str, Contestant], seconds: float, threads: int, preload: list[str], progress: Progress
-) -> tuple[dict[str, Record], list[float]]:
-    """Rounds for about `seconds`, at least LEAST_ROUNDS: the records, and the machine's peak in each round in FLOP/s.
+) -> dict[str, Record]:
+    """Rounds for about `seconds`, at least LEAST_ROUNDS.
 
     `preload` names modules that the server imports, which only saves time. Raises InputError if a process is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
-    records, peaks, names = {name: Record() for name in contestants}, [], list(contestants)
+    records, names, done = {name: Record() for name in contestants}, list(contestants), 0
     with contextlib.ExitStack() as stack, progress.phase(title, round(seconds)):
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
 
         def ask(name: str, function: Callable, *arguments: Any) -> Any:
-            elapsed = time.perf_counter() - start if peaks else 0.0
-            progress.update(round(min(elapsed, seconds)), round(seconds), f"round {len(peaks)}: {name}")
+            elapsed = time.perf_counter() - start if done else 0.0
+            progress.update(round(min(elapsed, seconds)), round(seconds), f"round {done}: {name}")
             try:
                 return pools[name].submit(function, *arguments).result()
             except BrokenProcessPool:
@@ -64,14 +63,14 @@ def contest(
         for name in names:
             ask(name, enter, contestants[name], threads)
         start = time.perf_counter()
-        while len(peaks) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
-            peaks.append(1e9 * matmul_gflops(threads))
+        while done < LEAST_ROUNDS or time.perf_counter() - start < seconds:
             for name in names:
                 records[name].turns.append(ask(name, turn))
             names.append(names.pop(0))
+            done += 1
         for name in names:
             records[name].peak_memory = ask(name, memory_risen)
-    return records, peaks
+    return records
 
 
 # --- in a contestant's process --------------------------------------------------------------------------------------

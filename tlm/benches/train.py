@@ -33,6 +33,7 @@ from tlm import engine as engines
 from tlm.batches import IGNORE
 from tlm.benches import rounds
 from tlm.config import BenchConfig, InitConfig, JointConfig, ModelConfig, TokenizerConfig, TrainConfig
+from tlm.doctor import matmul_gflops
 from tlm.export import KINDS
 from tlm.export import config as modernbert_config
 from tlm.ledger import Ledger
@@ -40,6 +41,7 @@ from tlm.mixture import EXTERNAL, TASK, Mixture
 from tlm.model import Attention, ModelShape, Transformer, forward_flops
 from tlm.objectives import Losses, Masking, Objective, Source
 from tlm.optimizers import muon_flops
+from tlm.precision import products
 from tlm.prepare import open_task, prepare
 from tlm.progress import Progress
 from tlm.run import environment, write_json
@@ -51,6 +53,7 @@ NEVER = 10**9  # external batches before the task's turn, where there is no task
 HEAD_DIM = 64  # of attention, as in ModernBERT
 RATE_SHARE = 0.1  # of the peak learning rates: they do not change the speed, but a loss that is not a number might
 OURS, BASELINE = "tlm muon", "hf trainer"
+MACHINE = {"fp32": "machine", "bf16": "machine, bf16"}  # the peak of matrix products
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
@@ -218,6 +221,19 @@ def hf_trainer(job: Job, sparse: bool = False, **arguments: Any) -> Iterator:
             yield seconds
 
 
+def machine(job: Job) -> Iterator:
+    """The peak of matrix products, in FLOP/s."""
+    yield
+    while True:
+        yield 1e9 * matmul_gflops(torch.get_num_threads())
+
+
+def rounding(contestant: Callable[[Job], Iterator], job: Job) -> Iterator:
+    """The same with products of bfloat16 numbers."""
+    with products("bf16"):
+        yield from contestant(job)
+
+
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 RACE: dict[str, Callable[[Job], Iterator]] = {
     OURS: partial(ours, optimizer="muon"),
@@ -226,7 +242,13 @@ RACE: dict[str, Callable[[Job], Iterator]] = {
     BASELINE: hf_trainer,
     "hf trainer, grouped": partial(hf_trainer, **GROUPED),
     "hf trainer, grouped, sparse": partial(hf_trainer, sparse=True, **GROUPED),
+    MACHINE["fp32"]: machine,
 }
+if torch.cpu._is_amx_tile_supported():
+    RACE |= {
+        f"{name}, bf16": partial(rounding, RACE[name])
+        for name in (OURS, "hf trainer, grouped, sparse", MACHINE["fp32"])
+    }
 
 
 def heads(job: Job) -> list[str]:
@@ -363,15 +385,18 @@ def race(case: str, config: BenchConfig, data: Data, progress: Progress) -> Iter
     sources = {EXTERNAL: data.external} | ({TASK: data.task} if case == "joint" else {})
     for hidden in config.hidden:
         job, title = make_job(config, sources, hidden, data.vocabulary), f"{case} hidden={hidden}"
-        records, peaks = contest(title, {name: partial(run, job) for name, run in RACE.items()}, config, progress)
-        row = partial(rounds.row, "train", title, runs=len(peaks))
-        yield row("machine", "speed", median(peaks), "FLOP/s")
+        records = contest(title, {name: partial(run, job) for name, run in RACE.items()}, config, progress)
+        row = partial(rounds.row, "train", title, runs=len(records[OURS].turns))
+        peaks = {precision: records.pop(name).turns for precision, name in MACHINE.items() if name in records}
+        for precision, turns in peaks.items():
+            yield row(MACHINE[precision], "speed", median(turns), "FLOP/s")
         for name, record in records.items():
-            flops = [job.flops(1 + nth, muon=name == OURS) for nth in range(len(peaks))]  # turn 0 warmed up
+            flops = [job.flops(1 + nth, muon="muon" in name) for nth in range(len(record.turns))]  # turn 0 warmed up
+            peak = peaks["bf16" if name.endswith("bf16") else "fp32"]
             times, baseline = record.turns, records[BASELINE].turns
             yield row(name, "speed", median(job.tokens / t for t in times), "tokens/s")
             yield row(name, f"beside {BASELINE}", median(b / t for b, t in zip(baseline, times, strict=True)), "x")
-            yield row(name, "mfu", median(f / t / p for f, t, p in zip(flops, times, peaks, strict=True)), "share")
+            yield row(name, "mfu", median(f / t / p for f, t, p in zip(flops, times, peak, strict=True)), "share")
             if record.peak_memory is not None:
                 yield row(name, "peak memory", record.peak_memory, "bytes")
 
@@ -382,8 +407,8 @@ def parts(case: str, config: BenchConfig, data: Data, progress: Progress) -> Ite
         job = make_job(config, {EXTERNAL: data.external, TASK: data.task}, hidden, data.vocabulary)
         contestants = {"plain": partial(ours, job, "muon"), "profiled": partial(ours_in_parts, job, "muon")}
         title = f"{case} hidden={hidden}"
-        records, peaks = contest(title, contestants, config, progress)
-        row = partial(rounds.row, "train", title, OURS, unit="s", runs=len(peaks))
+        records = contest(title, contestants, config, progress)
+        row = partial(rounds.row, "train", title, OURS, unit="s", runs=len(records["plain"].turns))
         means = {part: fmean(turn[part] for turn in records["profiled"].turns) / job.steps for part in PARTS}
         for part, value in means.items():
             yield row(part, value=value)
@@ -405,16 +430,17 @@ def growth(case: str, config: BenchConfig, data: Data, progress: Progress) -> It
             jobs[f"{name}={value}"] = make_job(replace(config, **{name: value}), sources, hidden, vocabulary)
         jobs[f"hidden={factor * hidden}"] = make_job(config, sources, factor * hidden, vocabulary)
         jobs[f"vocabulary={factor * vocabulary}"] = make_job(config, sources, hidden, factor * vocabulary)
-    records, peaks = contest(case, {name: partial(ours, job, "muon") for name, job in jobs.items()}, config, progress)
+    records = contest(case, {name: partial(ours, job, "muon") for name, job in jobs.items()}, config, progress)
     for name in sorted(jobs, key=lambda name: (name != "base", name.split("=")[0])):
-        record, row = records[name], partial(rounds.row, "train", f"{case} {name}", OURS, runs=len(peaks))
+        record = records[name]
+        row = partial(rounds.row, "train", f"{case} {name}", OURS, runs=len(record.turns))
         yield row("step", median(record.turns) / config.steps, "s")
         yield row("speed", median(jobs[name].tokens / t for t in record.turns), "tokens/s")
         if record.peak_memory is not None:
             yield row("peak memory", record.peak_memory, "bytes")
 
 
-def contest(title: str, contestants: dict, config: BenchConfig, progress: Progress):
+def contest(title: str, contestants: dict, config: BenchConfig, progress: Progress) -> dict[str, rounds.Record]:
     return rounds.contest(title, contestants, config.seconds, config.threads, PRELOAD, progress)
 
 

@@ -20,6 +20,7 @@ from retrieval.folders import sync
 from tasks.errors import InputError
 from tasks.files import sha256 as file_sha256
 from tlm.engine import World, quiet
+from tlm.pieces import num_pieces, recut
 from tlm.run import read_json, write_json, write_text
 
 PATIENCE_SECONDS = 600  # for the other processes' files, which lie on a disk that all of them share
@@ -111,8 +112,10 @@ class Checkpoints:
         self.wait()
         folder = self.folder / tag
         verify(folder)
-        with quiet(), through(engine, load=read):
-            path, state = engine.load_checkpoint(str(self.folder), tag=tag)
+        same = num_pieces(folder) in (0, self.world.size)
+        with contextlib.nullcontext(read) if same else recut(engine, folder, self.world, read) as load:
+            with quiet(), through(engine, load=load):
+                path, state = engine.load_checkpoint(str(self.folder), tag=tag)
         if path is None:
             raise InputError(f"{folder}: DeepSpeed cannot read it; delete the run folder and start again")
         return state

@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from tasks.errors import InputError
 from tlm.config import StageConfig
+from tlm.model import Transformer
 from tlm.optimizers import build_optimizer
 
 
@@ -63,6 +65,7 @@ def launch() -> World:
         from deepspeed.ops import __compatible_ops__ as buildable
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # DeepSpeed calls them
     buildable["deepspeed_shm_comm"] = False
     torch.set_flush_denormal(True)
     if not comm.is_initialized():
@@ -122,7 +125,37 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
             raise InputError(
                 f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
             ) from None
+    if engine.zero_optimization():
+        forget_gradients(engine.optimizer)
     return engine
+
+
+def forget_gradients(optimizer) -> None:
+    """After each step. ZeRO 3, and 1 and 2 with offload, would step again by the last gradient of what a batch does not
+    use: the head of the other objective."""
+    step = optimizer.step
+    flat = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+
+    def stepped(closure=None) -> None:
+        step(closure)
+        kept = [p.grad for name in flat for p in getattr(optimizer, name, [])]
+        for gradient in [getattr(optimizer, "grad_partitions_flat_buffer", None), *kept]:
+            if gradient is not None:
+                gradient.zero_()
+
+    optimizer.step = stepped
+
+
+def whole(model: Transformer) -> Transformer:
+    """The model itself; under ZeRO 3, where each process holds a part of every parameter, a copy that is whole."""
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return model
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    result = Transformer(model.shape, generator=None)
+    with GatheredParameters(list(model.parameters())):
+        result.load_state_dict(model.state_dict())
+    return result.train(model.training)
 
 
 def set_rates(engine, stage: StageConfig, share: float) -> None:
@@ -143,8 +176,14 @@ def idle(engine):
 
 
 def gradient_norm(engine) -> float:
-    """Norm of the reduced gradient before clipping; call between backward and step."""
-    norm = engine.get_global_grad_norm() if engine.zero_optimization() else None
-    if norm is None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    return float(norm)
+    """Norm of the reduced gradient before clipping; call between backward and step.
+
+    DeepSpeed's own get_global_grad_norm is that of the step before.
+    """
+    if not engine.zero_optimization():
+        return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if engine.zero_optimization_stage() < 3:
+        return float(engine.optimizer.scaled_global_norm())
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    return float(combine_grad_norm_groups(engine.optimizer._get_norm_groups()))

@@ -103,6 +103,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             loop.steps(batches, boards, signals)
         checkpoints.wait()
         stage.average.apply(model)
+        model = engines.whole(model)
         engine.destroy()
     return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
 
@@ -271,14 +272,15 @@ class Loop:
     def score_dev(self, boards: Boards) -> None:
         """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
         stage, dev, metric = self.stage, self.prepared.source("dev"), self.prepared.task.metric
-        scores = evaluate.scores(evaluate.probabilities(self.model, dev, self.world), dev.labels)
+        model = engines.whole(self.model)
+        scores = evaluate.scores(evaluate.probabilities(model, dev, self.world), dev.labels)
         self.run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
         boards.write({f"dev_{name}": value for name, value in scores.items()}, stage.step)
         stage.scores_since_best += 1
         if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
             stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
             if stage.keeps_best and self.world.rank == 0:
-                save_model(self.model, self.run.checkpoints / "best")
+                save_model(model, self.run.checkpoints / "best")
 
     def checkpoint(self) -> None:
         stage = self.stage

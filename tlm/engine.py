@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from tasks.errors import InputError
 from tlm.config import StageConfig
 from tlm.model import Transformer
-from tlm.optimizers import build_optimizer
+from tlm.optimizers import build_optimizer, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,24 @@ class World:
 ALONE = World(0, 1)
 
 
-def launch() -> World:
-    """Join the processes that a launcher started, or be the only one.
+@contextlib.contextmanager
+def in_touch():
+    """Inside, another process that ended, or is beyond reach, is an InputError here."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's have no class of their own
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        reason = " ".join(str(error).split()).split("] ", 1)[-1][:160]
+        raise InputError(
+            f"process {os.environ.get('RANK')}: another process has ended or cannot be reached ({reason}); see to it, "
+            "and start all of them by the same command: they go on from the last checkpoint"
+        ) from None
+
+
+def launch(timeout_minutes: float = 30.0) -> World:
+    """Join the processes that a launcher started, or be the only one. Silence of the others for `timeout_minutes` is
+    taken for their end.
 
     DeepSpeed would compile a shared-memory all-reduce for CPUs at every first start: half a minute and a C++ compiler,
     and a start that was killed leaves a lock that the next waits on for ever. Gloo's all-reduce does without; models
@@ -75,7 +92,8 @@ def launch() -> World:
             store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
             torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
         with quiet():
-            deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
+            patience = timedelta(minutes=timeout_minutes)
+            deepspeed.init_distributed(backend(), auto_mpi_discovery=False, verbose=False, timeout=patience)
     return World(comm.get_rank(), comm.get_world_size())
 
 
@@ -114,10 +132,13 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, precision:
         "steps_per_print": 10**9,
         **extra,
     }
-    built = build_optimizer(losses, optimizer, stage.weight_decay)
+    if "optimizer" in extra:  # DeepSpeed's own, over our groups, whose rates and decay are the stage's
+        built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
+    else:
+        built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
     with quiet():
         try:
-            engine, *_ = deepspeed.initialize(model=losses, optimizer=built, config=config)
+            engine, *_ = deepspeed.initialize(model=losses, config=config, **built)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             if not extra:
                 raise

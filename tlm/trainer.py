@@ -64,12 +64,13 @@ class Stage:
         return self.name == "finetune"
 
 
+@engines.in_touch()
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
     check_boards(config.boards)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = engines.launch()
+    world = engines.launch(config.timeout_minutes)
     progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
     run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
     if run.summary_path.exists():
@@ -81,7 +82,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     meter = Meter(ledger, matmul_flops_per_second())
     model = new_model(config, prepared)
     joint, finetune = stages(config, prepared, world)
-    checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints, 60 * config.timeout_minutes)
     tag = latest(run.checkpoints)
 
     signals = StopSignals()

@@ -112,10 +112,10 @@ class Checkpoints:
         self.wait()
         folder = self.folder / tag
         verify(folder)
-        same = num_pieces(folder) in (0, self.world.size)
-        with contextlib.nullcontext(read) if same else recut(engine, folder, self.world, read) as load:
-            with quiet(), through(engine, load=load):
-                path, state = engine.load_checkpoint(str(self.folder), tag=tag)
+        as_written = num_pieces(folder) in (0, self.world.size)
+        pieces = contextlib.nullcontext(read) if as_written else recut(engine, folder, self.world, read)
+        with quiet(), pieces as load, through(engine, load=load):
+            path, state = engine.load_checkpoint(str(self.folder), tag=tag)
         if path is None:
             raise InputError(f"{folder}: DeepSpeed cannot read it; delete the run folder and start again")
         return state

@@ -20,9 +20,9 @@ begun = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 if begun and fault == "refuses":
     sys.exit(2)
 for step in range(begun, 20):
+    loss = step + (begun if fault == "drifts" else 0)
     with open(metrics, "a") as file:
-        file.write(json.dumps({"step": step, "loss": step + (begun if fault == "drifts" else 0), "seconds": time.time()}))
-        file.write("\\n")
+        file.write(json.dumps({"step": step, "loss": loss, "seconds": time.time()}) + "\\n")
     time.sleep(0.02)
 model.write_bytes(b"weights")
 cost = {"flops": 1, "tokens": 1}

@@ -79,6 +79,6 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def copy(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
-    own = parameters(model)
+    own = parameters(model) if weights else {}
     for name, weight in weights.items():
         own[name].copy_(weight)

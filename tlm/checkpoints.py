@@ -20,17 +20,17 @@ from retrieval.folders import sync
 from tasks.errors import InputError
 from tasks.files import sha256 as file_sha256
 from tlm.engine import World, quiet
+from tlm.pieces import num_pieces, recut
 from tlm.run import read_json, write_json, write_text
-
-PATIENCE_SECONDS = 600  # for the other processes' files, which lie on a disk that all of them share
 
 
 class Checkpoints:
     """The checkpoints of a run. One at most is being written, while the training goes on."""
 
-    def __init__(self, folder: Path, world: World, keep: int = 2):
-        """`keep`: how many stay on disk; the one in force is never among those that are dropped."""
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, keep: int = 2, patience_seconds: float = 600):
+        """`keep`: how many stay on disk; the one in force is never among those that are dropped. `patience_seconds`:
+        for the other processes' files, which lie on a disk that all of them share."""
+        self.folder, self.world, self.keep, self.patience_seconds = folder, world, keep, patience_seconds
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
 
@@ -52,7 +52,8 @@ class Checkpoints:
                 engine.save_checkpoint(str(self.folder), tag=half.name, client_state=state, save_latest=False)
         except OSError as error:
             self.refuse(half, error)
-        self.thread = threading.Thread(target=self.write, args=(tag, half, files))
+        # A daemon: a process that ends for a fault does not wait for others, which may have ended as well.
+        self.thread = threading.Thread(target=self.write, args=(tag, half, files), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
@@ -83,7 +84,7 @@ class Checkpoints:
 
     def commit(self, tag: str, half: Path) -> None:
         parts = [half / f"written-{rank}.json" for rank in range(self.world.size)]
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + self.patience_seconds
         while not all(part.exists() for part in parts):
             if time.monotonic() > end:
                 raise OSError(0, "the files of other processes did not come; all hosts need one shared folder out=")
@@ -111,7 +112,9 @@ class Checkpoints:
         self.wait()
         folder = self.folder / tag
         verify(folder)
-        with quiet(), through(engine, load=read):
+        as_written = num_pieces(folder) in (0, self.world.size)
+        pieces = contextlib.nullcontext(read) if as_written else recut(engine, folder, self.world, read)
+        with quiet(), pieces as load, through(engine, load=load):
             path, state = engine.load_checkpoint(str(self.folder), tag=tag)
         if path is None:
             raise InputError(f"{folder}: DeepSpeed cannot read it; delete the run folder and start again")

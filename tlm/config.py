@@ -140,6 +140,9 @@ class TrainConfig(RunConfig):
     optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest), adamw or adamw8bit")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")
     keep_checkpoints: int = key(2, "checkpoints that stay on disk; the best weights are kept apart")
+    timeout_minutes: float = key(
+        30.0, "of several processes: one that hears nothing of the others for so long ends; longer than preparing takes"
+    )
     spike: str = key(
         "rewind", "answer to a loss spike: rewind (to the last checkpoint, without its batches), skip, stop or log"
     )
@@ -353,7 +356,7 @@ def to_dict(config: Any) -> dict:
 
 # Where a run writes and what else may be changed without changing its result, but for rounding.
 NOT_THE_RESULT = (
-    "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "boards", "price_per_hour",
+    "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "timeout_minutes", "boards", "price_per_hour",
     "device", "compile", "activation_checkpointing", "micro_batch",
 )  # fmt: skip
 
@@ -393,7 +396,7 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "kills": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
+    "seeds": 1, "kills": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 

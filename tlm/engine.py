@@ -8,7 +8,9 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import nn
 
 from tasks.errors import InputError
 from tlm.config import StageConfig, TrainConfig
-from tlm.optimizers import build_optimizer
+from tlm.model import Transformer
+from tlm.optimizers import build_optimizer, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,24 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def launch(device: torch.device = ALONE.device) -> World:
-    """Join the processes that a launcher started, or be the only one.
+@contextlib.contextmanager
+def in_touch():
+    """Inside, another process that ended, or is beyond reach, is an InputError here."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's have no class of their own
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        reason = " ".join(str(error).split()).split("] ", 1)[-1][:160]
+        raise InputError(
+            f"process {os.environ.get('RANK')}: another process has ended or cannot be reached ({reason}); see to it, "
+            "and start all of them by the same command: they go on from the last checkpoint"
+        ) from None
+
+
+def launch(device: torch.device = ALONE.device, timeout_minutes: float = 30.0) -> World:
+    """Join the processes that a launcher started, or be the only one. Silence of the others for `timeout_minutes` is
+    taken for their end.
 
     DeepSpeed would compile a shared-memory all-reduce for CPUs at every first start: half a minute and a C++ compiler,
     and a start that was killed leaves a lock that the next waits on for ever. Gloo's all-reduce does without; models
@@ -80,6 +99,7 @@ def launch(device: torch.device = ALONE.device) -> World:
         from deepspeed.ops import __compatible_ops__ as buildable
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # DeepSpeed calls them
     buildable["deepspeed_shm_comm"] = False
     torch.set_flush_denormal(True)
     if not comm.is_initialized():
@@ -89,7 +109,8 @@ def launch(device: torch.device = ALONE.device) -> World:
             store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         with quiet():
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            patience = timedelta(minutes=timeout_minutes)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     return World(comm.get_rank(), comm.get_world_size(), device)
 
 
@@ -134,10 +155,13 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
         "steps_per_print": 10**9,
         **extra,
     }
-    built = build_optimizer(losses, optimizer, stage.weight_decay)
+    if "optimizer" in extra:  # DeepSpeed's own, over our groups, whose rates and decay are the stage's
+        built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
+    else:
+        built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
     with quiet():
         try:
-            engine, *_ = deepspeed.initialize(model=losses, optimizer=built, config=config)
+            engine, *_ = deepspeed.initialize(model=losses, config=config, **built)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             if not extra:
                 raise
@@ -145,7 +169,37 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
             raise InputError(
                 f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
             ) from None
+    if engine.zero_optimization():
+        forget_gradients(engine.optimizer)
     return engine
+
+
+def forget_gradients(optimizer) -> None:
+    """After each step. ZeRO 3, and 1 and 2 with offload, would step again by the last gradient of what a batch does not
+    use: the head of the other objective."""
+    step = optimizer.step
+    flat = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+
+    def stepped(closure=None) -> None:
+        step(closure)
+        kept = [p.grad for name in flat for p in getattr(optimizer, name, [])]
+        for gradient in [getattr(optimizer, "grad_partitions_flat_buffer", None), *kept]:
+            if gradient is not None:
+                gradient.zero_()
+
+    optimizer.step = stepped
+
+
+def whole(model: Transformer) -> Transformer:
+    """The model itself; under ZeRO 3, where each process holds a part of every parameter, a copy that is whole."""
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return model
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    result = Transformer(model.shape, generator=None)
+    with GatheredParameters(list(model.parameters())):
+        result.load_state_dict(model.state_dict())
+    return result.train(model.training)
 
 
 def set_rates(engine, stage: StageConfig, share: float) -> None:
@@ -166,8 +220,14 @@ def idle(engine):
 
 
 def gradient_norm(engine) -> float:
-    """Norm of the reduced gradient before clipping; call between backward and step."""
-    norm = engine.get_global_grad_norm() if engine.zero_optimization() else None
-    if norm is None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    return float(norm)
+    """Norm of the reduced gradient before clipping; call between backward and step.
+
+    DeepSpeed's own get_global_grad_norm is that of the step before.
+    """
+    if not engine.zero_optimization():
+        return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if engine.zero_optimization_stage() < 3:
+        return float(engine.optimizer.scaled_global_norm())
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    return float(combine_grad_norm_groups(engine.optimizer._get_norm_groups()))

@@ -66,6 +66,7 @@ class Stage:
         return self.name == "finetune"
 
 
+@engines.in_touch()
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
@@ -75,7 +76,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     check_precision(config.precision, device)
     autocast = config.precision == "bf16" and device.type == "cuda"
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = engines.launch(device)
+    world = engines.launch(device, config.timeout_minutes)
     if world.size > len(task.splits["train"]):
         raise InputError(
             f"{task.source}: {len(task.splits['train'])} training texts for {world.size} processes; start no more "
@@ -92,7 +93,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
     model = new_model(config, prepared, device)
     joint, finetune = stages(config, prepared, world)
-    checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints, 60 * config.timeout_minutes)
     tag = latest(run.checkpoints)
 
     signals = StopSignals()
@@ -126,6 +127,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
                 ) from None
         checkpoints.wait()
         stage.average.apply(model)
+        model = engines.whole(model)
         engine.destroy()
     return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
 
@@ -298,14 +300,15 @@ class Loop:
     def score_dev(self, boards: Boards) -> None:
         """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
         stage, dev, metric = self.stage, self.prepared.source("dev"), self.prepared.task.metric
-        scores = evaluate.scores(evaluate.probabilities(self.model, dev, self.world), dev.labels)
+        model = engines.whole(self.model)
+        scores = evaluate.scores(evaluate.probabilities(model, dev, self.world), dev.labels)
         self.run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
         boards.write({f"dev_{name}": value for name, value in scores.items()}, stage.step)
         stage.scores_since_best += 1
         if not stage.best or (scores[metric], -scores["loss"]) > (stage.best[metric], -stage.best["loss"]):
             stage.best, stage.scores_since_best = scores | {"step": stage.step}, 0
             if stage.keeps_best and self.world.rank == 0:
-                save_model(self.model, self.run.checkpoints / "best")
+                save_model(model, self.run.checkpoints / "best")
 
     def checkpoint(self) -> None:
         stage = self.stage

@@ -19,7 +19,7 @@ def attend(qkv: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor
     """[T, 3, H, D] -> [T, H * D]: each token attends to all of its own sequence. cos, sin: [T, 1, D / 2]."""
     if flash_takes(qkv):
         return flash(*Rotate.apply(qkv, cos, sin), batch).flatten(1)
-    if qkv.device.type == "cpu" and batch.groups[-1][1] <= LONGEST:
+    if qkv.device.type == "cpu" and batch.longest <= LONGEST:
         return Attend.apply(qkv, [length for count, length in batch.groups for _ in range(count)], cos, sin)
     return attend_by_torch(qkv, batch, cos, sin)
 
@@ -43,8 +43,8 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Ba
     """All sequences, each to itself, in one call (Dao 2023, arXiv 2307.08691): [T, H, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = batch.groups[-1][1]
-    return varlen_attn(query, key, value.contiguous(), batch.borders, batch.borders, longest, longest)
+    borders, longest = batch.borders, batch.longest
+    return varlen_attn(query, key, value.contiguous(), borders, borders, longest, longest)
 
 
 class Attend(torch.autograd.Function):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 IGNORE = -100  # a target that asks for no prediction, as in torch's cross_entropy
 
@@ -22,7 +23,9 @@ class Batch:
 
     tokens: torch.Tensor  # int64[T]
     positions: torch.Tensor  # int64[T], from 0 in each sequence
-    groups: tuple[tuple[int, int], ...]  # (sequences, length), lengths rising; the products sum to T
+    groups: tuple[
+        tuple[int, int], ...
+    ]  # (sequences, length), lengths rising (but for what `filled` adds); the products sum to T
     borders: torch.Tensor  # int32[N + 1]: where each packed sequence begins, and T
     slots: torch.Tensor  # int64[N]: where the caller's i-th sequence lies among the packed ones
     lengths: tuple[int, ...]  # N
@@ -37,6 +40,23 @@ class Batch:
         """[T, ...] -> one view [sequences, length, ...] a group. Its backward is a single concatenation."""
         parts = flat.split([count * length for count, length in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        return max(length for _, length in self.groups)
+
+    def filled(self, tokens: int) -> "Batch":
+        """The same batch with so many tokens in all; those that are new are one more sequence, which nothing reads."""
+        more = tokens - len(self.tokens)
+        if not more:
+            return self
+        return replace(
+            self,
+            tokens=F.pad(self.tokens, (0, more)),
+            positions=torch.cat([self.positions, torch.arange(more, device=self.positions.device)]),
+            groups=(*self.groups, (1, more)),
+            borders=F.pad(self.borders, (0, 1), value=tokens),
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -23,7 +23,7 @@ def linear_cross_entropy_sum(
 ) -> torch.Tensor:
     """Sum over M rows of -log softmax(hidden @ weight.T + bias)[target], in float32 at least.
 
-    hidden: [M, D], weight: [V, D], bias: [V], targets: int64[M].
+    hidden: [M, D], weight: [V, D], bias: [V], targets: int64[M]; rows of hidden beyond the targets do not count.
     """
     return LinearCrossEntropy.apply(hidden, weight, bias, targets)
 
@@ -46,17 +46,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
         rounded, wanted = weight.to(dtype), any(ctx.needs_input_grad)
         rows = max(1, BLOCK_ELEMENTS // len(weight))
-        for h, target, to_h in zip(hidden.split(rows), targets.split(rows), to_hidden.split(rows), strict=True):
-            h = h.to(dtype)
+        for begin in range(0, len(hidden), rows):
+            block = slice(begin, begin + rows)
+            h, target = hidden[block].to(dtype), targets[block]
             log_p = torch.log_softmax(torch.addmm(bias.to(dtype), h, rounded.T).to(total.dtype), -1)
             at = (torch.arange(len(target), device=target.device), target)
             total -= log_p[at].sum()
             if wanted:  # the logits' gradient: probabilities, less one at the target
                 to_logits = log_p.exp_()
                 to_logits[at] -= 1
+                to_logits[len(target) :] = 0
                 to_bias += to_logits.sum(0)
                 to_logits = to_logits.to(dtype)
-                to_h.copy_(to_logits @ rounded)
+                to_hidden[block] = to_logits @ rounded
                 if dtype == weight.dtype:
                     to_weight.addmm_(to_logits.T, h)
                 else:

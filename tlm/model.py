@@ -25,6 +25,7 @@ from tasks.errors import InputError
 from tlm.attention import angles, attend
 from tlm.batches import Batch
 from tlm.cross_entropy import linear_cross_entropy_sum
+from tlm.precision import rounded_up
 from tlm.run import read_json, write_json
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}  # names as in transformers
@@ -139,6 +140,8 @@ class Encoder(nn.Module):
         self.checkpointing = False  # whether layers keep their input alone and are computed again in the backward pass
 
     def forward(self, batch: Batch) -> torch.Tensor:
+        real = len(batch.tokens)
+        batch = batch.filled(rounded_up(real))
         hidden_TD = self.embeddings(batch.tokens)
         head_dim = self.shape.hidden // self.shape.heads
         cos, sin = angles(batch.positions, head_dim, self.shape.rope_theta, hidden_TD.dtype)
@@ -147,7 +150,7 @@ class Encoder(nn.Module):
                 hidden_TD = checkpoint(layer, hidden_TD, batch, cos, sin, use_reentrant=False)
             else:
                 hidden_TD = layer(hidden_TD, batch, cos, sin)
-        return self.final_norm(hidden_TD)
+        return self.final_norm(hidden_TD[:real])
 
 
 class Head(nn.Module):
@@ -211,6 +214,7 @@ class Transformer(nn.Module):
 
     def mlm_logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Logits [M, V] of the rows given: `hidden[batch.masked]`, as over all tokens it costs more than the rest."""
+        hidden_MD = F.pad(hidden_MD, (0, 0, 0, rounded_up(len(hidden_MD)) - len(hidden_MD)))
         return self.decoder(self.mlm_head(hidden_MD), self.model.embeddings.tok_embeddings.weight)
 
     def mlm_loss_sum(self, hidden_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:

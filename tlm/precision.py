@@ -2,7 +2,8 @@
 
 It is torch's own switch for float32 products, not autocast, which copies every weight and activation at every step and
 on small models costs more than it saves. Where a CPU multiplies bfloat16 in hardware (AMX), products of a small model's
-shapes take a quarter of the time; elsewhere the switch would slow them down and is refused.
+shapes take a quarter of the time; elsewhere the switch would slow them down and is refused. Each shape of a product is
+compiled when it first comes (2.5 ms, as long as the product itself), so numbers of rows are rounded up to a few.
 """
 
 import contextlib
@@ -10,6 +11,13 @@ import contextlib
 import torch
 
 from tasks.errors import InputError
+
+ROWS = 64
+
+
+def rounded_up(rows: int) -> int:
+    """Rows to compute where products read bfloat16; otherwise none is added."""
+    return -(-rows // ROWS) * ROWS if torch.get_float32_matmul_precision() == "medium" else rows
 
 
 def check_precision(precision: str, device: torch.device) -> None:

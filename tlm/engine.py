@@ -103,15 +103,26 @@ def launch(device: torch.device = ALONE.device, timeout_minutes: float = 30.0) -
     buildable["deepspeed_shm_comm"] = False
     torch.set_flush_denormal(True)
     if not comm.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-                os.environ.setdefault(name, value)
-            store = torch.distributed.HashStore()  # in memory, no port: runs side by side do not collide
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        patience, c10d = timedelta(minutes=timeout_minutes), torch.distributed.distributed_c10d
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience  # of the groups that DeepSpeed makes, too
+        store, rank, size = meeting_place(patience)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         with quiet():
-            patience = timedelta(minutes=timeout_minutes)
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     return World(comm.get_rank(), comm.get_world_size(), device)
+
+
+def meeting_place(patience: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """Where processes leave their addresses for each other; this one's rank, and how many they are."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        return torch.distributed.HashStore(), 0, 1  # in memory, no port: runs side by side do not collide
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Where torchrun starts processes again, the addresses of those that died are still in its store.
+        store = torch.distributed.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, size
 
 
 @contextlib.contextmanager

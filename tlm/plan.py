@@ -69,7 +69,11 @@ def plan(config: TrainConfig) -> dict:
         micro_batches = full_steps * stage.accumulation
         flops[name] = round(micro_batches * once) + stage.steps * optimizer
         tokens[name] = round(micro_batches * texts * length)
-        activations[name] = activation_bytes(shape, texts * length, round(masked))
+        at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
+        share = min(1.0, at_once / (texts * length))
+        activations[name] = activation_bytes(
+            shape, round(share * texts * length), length, round(share * masked), config.activation_checkpointing
+        )
     from tlm.doctor import matmul_gflops
 
     speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())

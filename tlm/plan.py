@@ -2,8 +2,8 @@
 
 Sizes are those of the data as it lies there; lengths in tokens are estimated from words (1.4 tokens a word, as measured
 on English with 8,192 word pieces), and time from the machine's matrix products at half their measured peak. Memory is
-that of the steps of one process in fp32, without what selecting documents takes before them; three
-reference runs took 13 to 26% more.
+that of the steps of one process in fp32 (with micro_batch=auto as with none), without what selecting documents takes
+before them; three reference runs took 13 to 26% more.
 """
 
 import os

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tasks.errors import InputError
+from tlm.attention import LONGEST
 from tlm.batches import IGNORE, pack
 from tlm.engine import World
 from tlm.mixture import Mixture
@@ -23,17 +24,19 @@ from tlm.objectives import Objective
 MARGIN = 1.3  # needed over estimated bytes: what torch and its allocator keep beside what is counted (measured)
 
 
-def activation_bytes(shape: ModelShape, tokens: int, masked: int, checkpointing: bool = False) -> int:
-    """What a micro-batch keeps for its backward pass, in fp32, and the logits at their largest.
+def activation_bytes(shape: ModelShape, tokens: int, length: int, masked: int, checkpointing: bool = False) -> int:
+    """What a micro-batch of texts of `length` tokens keeps for its backward pass on a CPU, in fp32.
 
-    A layer keeps 11 hidden and 4 intermediate numbers a token (counted: inputs of both norms and of the four matrix
-    products, queries, keys, values, attention's result, the gate and its activation); with `checkpointing` its input
-    alone, and all of it for one layer at a time. The masked-LM head has logits, their log-softmax and a gradient, each
-    of the vocabulary's size, a masked token.
+    A layer keeps 10 hidden and 4 intermediate numbers a token (counted: inputs of both norms and of the four matrix
+    products, queries, keys, values, the gate and its activation), and the attention weights of short texts, or once
+    more what attention gave of long ones; with `checkpointing` its input alone, and all of it for one layer at a time.
+    The masked-LM head keeps 4 hidden numbers a masked token and the decoder's gradient, beside a block of logits.
     """
-    whole = 11 * shape.hidden + 4 * shape.intermediate
+    attention = shape.heads * length if length <= LONGEST else shape.hidden
+    whole = 10 * shape.hidden + 4 * shape.intermediate + attention
     layers = shape.layers * shape.hidden + whole if checkpointing else shape.layers * whole
-    return 4 * (tokens * layers + 3 * masked * shape.vocabulary)
+    decoder = shape.vocabulary * (shape.hidden + 1) if masked else 0
+    return 4 * (tokens * layers + 4 * masked * shape.hidden + decoder)
 
 
 def optimizer_bytes(optimizer: str, parameters: int, matrices: int) -> int:
@@ -73,24 +76,25 @@ def choose(
 ) -> int | None:
     """`tokens_at_once` of a stage, found with its model before DeepSpeed has it."""
     model = losses.model
-    sizes = {name: int(source.lengths.max()) for name, source in objective.sources.items()}
-    most = max(-(-mixture.batch[name] // world.size) * longest for name, longest in sizes.items())
+    lengths = {name: int(source.lengths.max()) for name, source in objective.sources.items()}
+    longest = max(lengths.values())
+    most = max(-(-mixture.batch[name] // world.size) * length for name, length in lengths.items())
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
     state = optimizer_bytes(optimizer, parameters, matrices)
     rate = objective.masking.rate if objective.masking else 0.0
 
     def estimated(tokens: int) -> bool:
-        step = activation_bytes(model.shape, tokens, round(tokens * rate), model.model.checkpointing)
+        step = activation_bytes(model.shape, tokens, longest, round(tokens * rate), model.model.checkpointing)
         gradients, checkpoint = 4 * parameters, 4 * parameters + state
         return MARGIN * (gradients + state + checkpoint + step) < room
 
     def tried(tokens: int) -> bool:
-        return runs(losses, tokens, max(sizes.values()), rate, 4 * parameters + state, precision, world.device)
+        return runs(losses, tokens, longest, rate, 4 * parameters + state, precision, world.device)
 
     room = available_bytes() / processes_here(world)
     fits = tried if world.device.type == "cuda" else estimated
-    return tokens_at_once(setting, fits, most, max(sizes.values()), world)
+    return tokens_at_once(setting, fits, most, longest, world)
 
 
 def runs(

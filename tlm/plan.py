@@ -2,8 +2,8 @@
 
 Sizes are those of the data as it lies there; lengths in tokens are estimated from words (1.4 tokens a word, as measured
 on English with 8,192 word pieces), and time from the machine's matrix products at half their measured peak. Memory is
-that of the steps of one process in fp32, without what selecting documents takes before them; three
-reference runs took 13 to 26% more.
+that of the steps of one process in fp32 (with micro_batch=auto as with none), without what selecting documents takes
+before them; three reference runs took 13 to 26% more.
 """
 
 import os
@@ -69,7 +69,11 @@ def plan(config: TrainConfig) -> dict:
         micro_batches = full_steps * stage.accumulation
         flops[name] = round(micro_batches * once) + stage.steps * optimizer
         tokens[name] = round(micro_batches * texts * length)
-        activations[name] = activation_bytes(shape, texts * length, round(masked))
+        at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
+        share = min(1.0, at_once / (texts * length))
+        activations[name] = activation_bytes(
+            shape, round(share * texts * length), length, round(share * masked), config.activation_checkpointing
+        )
     from tlm.doctor import matmul_gflops
 
     speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())

@@ -76,7 +76,7 @@ def test_little_memory_gives_more_parts_and_the_same_losses(arguments, tmp_path,
     state = memory.optimizer_bytes("muon", parameters, 2 * (4 * 32**2 + 3 * 32 * 48))
 
     def room(tokens):
-        step = memory.activation_bytes(model.shape, tokens, round(0.15 * tokens))
+        step = memory.activation_bytes(model.shape, tokens, 20, round(0.15 * tokens))
         return memory.MARGIN * (8 * parameters + 2 * state + step)
 
     monkeypatch.setattr(memory, "available_bytes", lambda: room(300))

@@ -113,7 +113,7 @@ def test_a_corpus_that_no_query_matches(tmp_path, capsys, monkeypatch):
 
 def test_more_processes_than_texts(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "launch", lambda device: World(0, 25))
+    monkeypatch.setattr(engine, "launch", lambda device, timeout_minutes: World(0, 25))
     assert main(["train", f"task={task(tmp_path / 'task')}", "run=x", f"cache={tmp_path / 'cache'}"]) == 2
     assert "24 training texts for 25 processes" in capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"task"}

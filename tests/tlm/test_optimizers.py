@@ -188,18 +188,33 @@ def test_orthogonalise_is_its_polynomial_of_the_singular_values(shape):
     torch.testing.assert_close(orthogonalise(matrix), u * s.unsqueeze(-2) @ v, rtol=1e-5, atol=1e-5)
 
 
-def test_matrices_that_are_several_in_one_are_orthogonalised_each_by_itself():
-    (fused,), parts = copies((12, 6)), None
-    parts = [nn.Parameter(p.clone()) for p in fused.detach().chunk(3)]
-    together = Muon([dict(params=[fused], lr=0.1, muon=True, pieces=3)])
-    apart = Muon([dict(params=parts, lr=0.1, muon=True)])
+@pytest.mark.parametrize("block", [dict(), dict(rows=2), dict(columns=3), dict(rows=4, columns=2)])
+def test_blocks_are_orthogonalised_each_by_itself(block):
+    """Three 4 x 6 matrices on top of each other, cut; against Muon on each block alone, with the matrices' scale."""
+    (whole,) = copies((12, 6))
     gradient = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
-    fused.grad = gradient
-    for part, piece in zip(parts, gradient.chunk(3), strict=True):
-        part.grad = piece
-    together.step()
-    apart.step()
-    torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
+    expected = whole.detach().clone()
+    rows, columns = block.get("rows", 4), block.get("columns", 6)
+    for i in range(0, 12, rows):
+        for j in range(0, 6, columns):
+            alone = nn.Parameter(torch.zeros(rows, columns))
+            alone.grad = gradient[i : i + rows, j : j + columns]
+            Muon([dict(params=[alone], lr=0.1, muon=True)]).step()
+            expected[i : i + rows, j : j + columns] += alone.detach() / max(1, rows / columns) ** 0.5
+    whole.grad = gradient
+    Muon([dict(params=[whole], lr=0.1, muon=True, parts=3, **block)]).step()
+    torch.testing.assert_close(whole.detach(), expected)
+
+
+def test_matrices_are_cut_into_blocks_of_neurons():
+    net = Transformer(ModelShape(50, 128, 1, 2, 96, 16, 3), torch.Generator().manual_seed(0))
+    cuts = {
+        tuple(group["params"][0].shape): (group["parts"], group.get("rows"), group.get("columns"))
+        for group in parameter_groups(net, "muon", 0.0)
+        if group["muon"]
+    }
+    qkv, out, up, down = (384, 128), (128, 128), (192, 128), (128, 96)
+    assert cuts == {qkv: (3, 64, None), out: (1, None, 64), up: (2, 32, None), down: (1, None, 32)}
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

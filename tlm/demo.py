@@ -17,8 +17,8 @@ from tlm.report import write_report
 from tlm.run import write_json
 from tlm.tables import table
 
-# What differs from the defaults, in the words of the command line, chosen on other splits of the articles. Half a million
-# words gave a test accuracy of 94.2 and 92.5 there (two seeds), two million 92.8 (one seed). On a third split
+# What differs from the defaults, in the words of the command line, chosen on other splits of the articles. Half a
+# million words gave a test accuracy of 94.2 and 92.5 there (two seeds), two million 92.8 (one seed). On a third split
 # mlm_weight=20 gave 93.2 and 92.3, and random documents 87.5 and 90.7; 1 gave 92.8 and 91.0, and 87.3 and 88.3.
 RECIPE: tuple[str, ...] = (
     "model=tiny",

@@ -1,6 +1,6 @@
 """Engines that search a corpus, one file each, one signature, so that rivals can stand in for each other.
 
-open_engine(corpus, analyzer, scoring, k1, b, folder, threads, progress=None) gives an object with
+open_engine(corpus, analyzer, scoring, k1, b, folder, threads, progress=None, memory=MEMORY) gives an object with
     search(queries, k) -> Hits      queries: lists of terms of the analyzer
     explain(query, row) -> {term: what it adds to the row's score}
     seconds: what building its index took, when it was built
@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
+
+MEMORY = 2 << 30  # bytes that building an index may take
 
 
 class Hits(NamedTuple):

@@ -91,7 +91,8 @@ def make_batch(queries: list[list[str]], idf_of: Callable[[list[str]], np.ndarra
     slot_of[order] = np.arange(len(order), dtype=np.int32)
     slots, num_rows = slot_of[terms], int(as_row.sum())
 
-    adds = counts * idf[terms] * most  # the most that each term adds to a score
+    # The most that each term adds to a score. Okapi's idf may be below 0, which the filter leaves out.
+    adds = np.maximum(counts * idf[terms] * most, 0)
     reach = np.bincount(query_of, adds, len(queries))
     sizes = np.bincount(query_of, minlength=len(queries))
     largest = np.zeros(len(queries))
@@ -173,40 +174,49 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def add_up(rows_of, bounds, slots, places, saturations, batch, best, space):
-    """Lets at most BLOCK documents pass by: document d is row rows_of[d] of the corpus, and holds the batch's slots
-    uint32 at bounds[d]:bounds[d + 1], with the saturations at `places`."""
+def add_up(rows, bounds, slots, places, saturations, batch, best, space):
+    """Lets documents pass by: row rows[d] of the corpus holds the batch's slots uint32 at bounds[d]:bounds[d + 1], and
+    what their counts are worth is at `places` uint32 of the saturations."""
+    for begin in range(0, len(rows), BLOCK):
+        some = slice(begin, min(begin + BLOCK, len(rows)))
+        _add_up_block(rows[some], bounds[begin : some.stop + 1], slots, places, saturations, batch, best, space)
+
+
+@njit(cache=True, nogil=True)
+def _add_up_block(rows, bounds, slots, places, saturations, batch, best, space):
     sums, passed, num_passed, impacts = space
-    num_rows, num_tiles = batch.rows.shape[1], batch.rows.shape[0]
-    size = bounds[len(rows_of)]
+    num_documents, num_rows, num_tiles = len(rows), batch.rows.shape[1], batch.rows.shape[0]
+    size = bounds[num_documents] - bounds[0]
     row_numbers, row_factors = np.empty(size + 1, np.uint32), np.empty(size + 1, np.uint32)
-    row_ends = np.empty(len(rows_of) + 1, np.int64)
+    row_ends = np.empty(num_documents + 1, np.int64)
     row_ends[0] = 0
     end = 0
-    for d in range(len(rows_of)):
-        mine = sums[d * TILE :]
+    for d in range(num_documents):
+        mine = np.int64(d * TILE)
         for p in range(bounds[d], bounds[d + 1]):
-            slot, factor = slots[p], saturations.factors[places[p]]
+            slot, factor = np.int64(slots[p]), np.int64(saturations.factors[places[p]])
             if slot < num_rows:
                 row_numbers[end], row_factors[end] = slot, factor
                 end += 1
                 continue
             i = slot - num_rows
             for j in range(np.uint64(batch.list_bounds[i]), np.uint64(batch.list_bounds[i + 1])):
-                lane, weight = batch.list_lanes[j], np.int64(batch.list_weights[j])
-                mine[lane] = min(np.int64(mine[lane]) + ((weight * np.int64(factor)) >> 16), 65_535)
+                lane = np.uint64(batch.list_lanes[j] + mine)
+                sums[lane] = min(np.int64(sums[lane]) + ((np.int64(batch.list_weights[j]) * factor) >> 16), 65_535)
         row_ends[d + 1] = end
         num_passed[d] = 0
     masks = np.empty(MASKS, np.uint64)
+    # Addresses, since a slice of an array would be counted as one more reference each time. They are signed, since
+    # Numba makes a float of a signed and an unsigned number.
+    sums_at, weights_at, floors_at = _address(sums), _address(batch.rows), _address(best.floors)
+    numbers_at, factors_at, masks_at = _address(row_numbers), _address(row_factors), _address(masks)
     for tile in range(num_tiles):
-        mine = sums[tile * (BLOCK + 1) * TILE :]
-        floors = best.floors[tile * TILE :]
-        weights = batch.rows[tile]
-        for d in range(len(rows_of)):
+        for d in range(num_documents):
+            start = row_ends[d]
             add_rows(
-                mine[d * TILE :].ctypes.data, weights.ctypes.data, row_numbers[row_ends[d] :].ctypes.data,
-                row_factors[row_ends[d] :].ctypes.data, row_ends[d + 1] - row_ends[d], floors.ctypes.data,
-                masks.ctypes.data,
+                sums_at + 2 * TILE * (tile * (BLOCK + 1) + d), weights_at + 2 * TILE * tile * num_rows,
+                numbers_at + 4 * start, factors_at + 4 * start, row_ends[d + 1] - start,
+                floors_at + 2 * TILE * tile, masks_at,
             )  # fmt: skip
             for i in range(MASKS):
                 mask = masks[i]
@@ -214,22 +224,33 @@ def add_up(rows_of, bounds, slots, places, saturations, batch, best, space):
                     passed[d, num_passed[d]] = tile * TILE + 64 * i + lowest_bit(mask)
                     num_passed[d] += 1
                     mask &= mask - np.uint64(1)
-    for d in range(len(rows_of)):
+    adds = np.empty(len(batch.idf) + 1)
+    for d in range(num_documents):
         if num_passed[d] == 0:
             continue
         for p in range(bounds[d], bounds[d + 1]):
             impacts[slots[p]] = np.float32(batch.idf[slots[p]] * saturations.exact[places[p]])
         for i in range(num_passed[d]):
-            query = passed[d, i]
+            query = np.int64(passed[d, i])
+            size = 0
+            for j in range(np.uint64(batch.bounds[query]), np.uint64(batch.bounds[query + 1])):
+                impact = impacts[np.uint32(batch.slots[j])]
+                adds[size] = batch.counts[j] * impact
+                size += impact != 0
             score = 0.0
-            for j in range(batch.bounds[query], batch.bounds[query + 1]):
-                score += batch.counts[j] * impacts[batch.slots[j]]
-            if score > 0 and _offer(query, rows_of[d], score, best):
+            for j in range(size):  # in the order of the query's terms
+                score += adds[j]
+            if score > 0 and _offer(query, rows[d], score, best):
                 floor = np.int64(best.scores[query, 0] * batch.scales[query]) - batch.margins[query]
                 if floor > best.floors[query]:
                     best.floors[query] = min(floor, 65_535)
         for p in range(bounds[d], bounds[d + 1]):
             impacts[slots[p]] = 0
+
+
+@njit(cache=True, nogil=True)
+def _address(array):
+    return np.int64(array.ctypes.data)
 
 
 @njit(cache=True, nogil=True)

@@ -32,7 +32,16 @@ from retrieval.analyze import Analyzer
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import MEMORY, Hits, num_threads
 from retrieval.engines.batch import (
-    BLOCK, Batch, Best, Saturations, add_up, floors_at, make_batch, make_saturations, merge, nothing_yet, put_in_order,
+    Batch,
+    Best,
+    Saturations,
+    add_up,
+    floors_at,
+    make_batch,
+    make_saturations,
+    merge,
+    nothing_yet,
+    put_in_order,
     working_space,
 )  # fmt: skip
 from retrieval.engines.lanes import word_at
@@ -44,8 +53,8 @@ KIND, SHARD_KIND, VERSION = "bm25 index", "bm25 shard", 2
 CHUNK_DOCUMENTS = 8_192
 MEMORY_PER_TEXT = 16  # a thread that builds a shard takes at most so many times the size of its text
 QUERIES_A_PASS = 2_048
-BLOCKS_A_JOB = 64
-SAMPLED = 16  # one block in so many passes first
+DOCUMENTS_A_JOB = 512
+SAMPLED = 16  # one job in so many passes first
 BEST_BYTES = 256 << 20  # for the K best of all queries of a pass, in all threads
 
 
@@ -77,10 +86,10 @@ def open_engine(
 class Shard:
     """Documents `first` and following of the corpus, opened."""
 
-    def __init__(self, folder: Path, first: int, analyzer: Analyzer):
+    def __init__(self, folder: Path, first: int, analyzer: Analyzer, index: Path):
         manifest = folders.load(folder, SHARD_KIND, VERSION)
         if manifest is None:
-            raise InputError(f"the index's shard {folder} is gone; delete {folder.parent} and it is made again")
+            raise InputError(f"the index's shard {folder} is gone; delete {index} and it is made again")
         self.folder, self.first, self.documents = folder, first, manifest["documents"]
         self.vocabulary = Vocabulary.load(folder, analyzer)
         self.postings = np.asarray(np.memmap(folder / "postings.bin", np.uint8, "r"))
@@ -88,6 +97,22 @@ class Shard:
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
             for name in ("starts", "sizes", "lengths", "df", "most_counts")
         )
+
+    def decode(
+        self, rows: np.ndarray, table: np.ndarray, saturations: Saturations, space: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """bounds, slots and places, as `add_up` wants them, of the documents at `rows` of the shard.
+
+        table: `_slot_table`. space: [slots, places, extra], kept from one call to the next, since memory that the
+        system gives anew costs more than what is written there.
+        """
+        size = int(self.sizes[rows].sum()) + 1
+        if not space or len(space[0]) < size:
+            space[:] = np.empty(2 * size, np.uint32), np.empty(2 * size, np.uint32), np.empty(2 * size, np.int64)
+        bounds = _decode_all(
+            rows, self.postings, self.starts, self.sizes, self.lengths, saturations.first, table, *space
+        )
+        return bounds, space[0], space[1]
 
 
 class BM25:
@@ -99,7 +124,7 @@ class BM25:
         self.folder, self.seconds = folder, manifest["seconds"]
         self.shards: list[Shard] = []
         for name in manifest["shards"]:
-            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer))
+            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer, folder))
         self._scoring, self._threads = scoring, threads
         self._saturations = self._make_saturations(manifest["words"], k1, b)
         self._merged, self._all_idf = self._all_terms(analyzer) if scoring.of_all_terms else (None, None)
@@ -121,12 +146,8 @@ class BM25:
         """What each term of the query adds to the score of one document; terms that it lacks are left out."""
         batch, slots_of = make_batch([query], self._idf, self._saturations.most)
         shard = next(shard for shard in self.shards if row < shard.first + shard.documents)
-        slots, places = (np.empty(int(shard.sizes.max()) + 1, np.uint32) for _ in range(2))
-        extra = np.empty(len(slots), np.int64)
-        size = _decode(
-            row - shard.first, shard.postings, shard.starts, shard.sizes, shard.lengths, self._saturations.first,
-            _slot_table(shard, slots_of), slots, places, 0, extra,
-        )  # fmt: skip
+        rows, table = np.array([row - shard.first]), _slot_table(shard, slots_of)
+        (_, size), slots, places = shard.decode(rows, table, self._saturations, [])
         impacts = np.zeros(len(batch.idf))
         impacts[slots[:size]] = (batch.idf[slots[:size]] * self._saturations.exact[places[:size]]).astype(np.float32)
         terms = {slot: term for term, slot in slots_of.items()}
@@ -138,51 +159,58 @@ class BM25:
         k = hits.rows.shape[1]
         batch, slots_of = make_batch(queries, self._idf, self._saturations.most)
         tables = [_slot_table(shard, slots_of) for shard in self.shards]
-        bests = [nothing_yet(len(queries), k) for _ in range(self._threads)]
-        bests[0] = Best(*hits, bests[0].kept, bests[0].floors)
-
-        def let_pass(sampled: bool | None) -> None:
-            """The sampled blocks, those that are not, or all of them (None)."""
-            size = BLOCK * BLOCKS_A_JOB
-            jobs = deque((s, i) for s, shard in enumerate(self.shards) for i in range(0, shard.documents, size))
-
-            def work(best: Best) -> None:
-                space = working_space(batch)
-                while jobs:
-                    try:
-                        s, first = jobs.popleft()
-                    except IndexError:  # another thread was faster
-                        return
-                    shard = self.shards[s]
-                    last = min(first + size, shard.documents)
-                    _let_pass(
-                        first, last, -1 if sampled is None else int(sampled), shard.first, shard.postings, shard.starts,
-                        shard.sizes, shard.lengths, tables[s], self._saturations, batch, best, space,
-                    )  # fmt: skip
-
-            with ThreadPoolExecutor(self._threads) as pool:
-                list(pool.map(work, bests))
-            for other in bests[1:]:
-                merge(bests[0], other)
-                other.kept[:] = 0
-
-        # Of K documents K / 16 are expected in the sample; a few standard deviations more make a safe guess.
+        # Of K documents K / 16 are expected in the sample; four standard deviations more make a safe guess.
         share = k / SAMPLED
-        rank = int(share + 4 * share**0.5) + 5
-        guess = guess and rank < k and self._num_documents > 4 * SAMPLED * BLOCK
+        rank = int(share + 4 * share**0.5) + 4
+        guess = guess and rank < k and self._num_documents > 4 * SAMPLED * DOCUMENTS_A_JOB
+        guesses = np.zeros(len(queries))
+        best = Best(*hits, np.zeros(len(queries), np.int64), nothing_yet(len(queries), 0).floors)
         if guess:
-            let_pass(True)
-            guesses = np.where(bests[0].kept >= rank, -np.partition(-hits.scores, rank - 1)[:, rank - 1], 0)
-            for best in bests:
-                np.maximum(best.floors[: len(queries)], floors_at(batch, guesses), out=best.floors[: len(queries)])
-        let_pass(False if guess else None)
-        put_in_order(bests[0])
-        if guess:
-            wrong = np.flatnonzero((hits.scores >= guesses[:, None]).sum(axis=1) < np.where(guesses > 0, k, 0))
-            if len(wrong):
-                again = Hits(np.full((len(wrong), k), -1, np.int64), np.zeros((len(wrong), k)))
-                self._search([queries[query] for query in wrong], again, guess=False)
-                hits.rows[wrong], hits.scores[wrong] = again
+            sample = nothing_yet(len(queries), rank)
+            self._let_pass(batch, tables, sample, sampled=1)
+            guesses = np.where(sample.kept == rank, sample.scores[:, 0], 0)
+            best.floors[: len(queries)] = floors_at(batch, guesses)
+            merge(best, sample)
+        self._let_pass(batch, tables, best, sampled=0 if guess else -1)
+        put_in_order(best)
+        # What the sample had with just the guessed score it did not keep, so only scores above that are sure.
+        wrong = np.flatnonzero((guesses > 0) & (hits.scores[:, -1] <= guesses))
+        if len(wrong):
+            again = Hits(hits.rows[wrong], hits.scores[wrong])
+            for column, nothing in zip(again, (-1, 0), strict=True):
+                column[:] = nothing
+            self._search([queries[query] for query in wrong], again, guess=False)
+            hits.rows[wrong], hits.scores[wrong] = again
+
+    def _let_pass(self, batch: Batch, tables: list[np.ndarray], best: Best, sampled: int) -> None:
+        """Offers all documents to `best`, or those of the sample (1) or the others (0)."""
+        step = DOCUMENTS_A_JOB * (SAMPLED if sampled == 1 else 1)
+        jobs = deque(
+            (shard, table, first)
+            for shard, table in zip(self.shards, tables, strict=True)
+            for first in range(0, shard.documents, step)
+        )
+
+        def work(mine: Best) -> None:
+            space, decoded = working_space(batch), []
+            while jobs:
+                try:
+                    shard, table, first = jobs.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                rows = np.arange(first, min(first + step, shard.documents))
+                if sampled >= 0:
+                    rows = rows[(rows % SAMPLED == 0) == sampled]
+                bounds, slots, places = shard.decode(rows, table, self._saturations, decoded)
+                add_up(rows + shard.first, bounds, slots, places, self._saturations, batch, mine, space)
+
+        others = [nothing_yet(*best.rows.shape) for _ in range(self._threads - 1)]
+        for other in others:
+            other.floors[:] = best.floors
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(work, [best, *others]))
+        for other in others:
+            merge(best, other)
 
     def _idf(self, terms: list[str]) -> np.ndarray:
         """float64[terms], NaN for those that the corpus lacks."""
@@ -228,53 +256,40 @@ def _slot_table(shard: Shard, slots_of: dict[str, int]) -> np.ndarray:
     return table
 
 
-@njit(cache=True, nogil=True)
-def _let_pass(first, last, sampled, shard_first, postings, starts, sizes, lengths, table, saturations, batch, best, space):
-    """Documents first:last of a shard, or those of its sampled blocks (1) or of the others (0)."""
-    room = 0
-    for begin in range(first, last, BLOCK):
-        total = 0
-        for document in range(begin, min(begin + BLOCK, last)):
-            total += sizes[document]
-        room = max(room, total)
-    slots, places = np.empty(room + 1, np.uint32), np.empty(room + 1, np.uint32)
-    extra = np.empty(room + 1, np.int64)
-    bounds = np.zeros(BLOCK + 1, np.int64)
-    for begin in range(first, last, BLOCK):
-        if sampled >= 0 and sampled != (begin // BLOCK % SAMPLED == 0):
-            continue
-        end = min(begin + BLOCK, last)
-        for document in range(begin, end):
-            bounds[document - begin + 1] = _decode(
-                document, postings, starts, sizes, lengths, saturations.first, table, slots, places,
-                bounds[document - begin], extra,
-            )  # fmt: skip
-        add_up(np.arange(shard_first + begin, shard_first + end), bounds, slots, places, saturations, batch, best, space)
-
-
 # Postings of a document, n terms with ascending ids: 2 bits for each that say how many bytes its value has (1 to 4), in
 # whole bytes; the values, lowest byte first; then counts. A value is 4 * (id - the last id - 1) + min(count, 4) - 1. A
 # count of 4 or more is also in 7 bits a byte, lowest first, all but the last with the highest bit set, less 4.
 
 
 @njit(cache=True, nogil=True)
+def _decode_all(rows, postings, starts, sizes, lengths, firsts, table, slots, places, extra):
+    """Fills slots and places for documents; returns their bounds int64[documents + 1]."""
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    for i in range(len(rows)):
+        bounds[i + 1] = _decode(
+            rows[i], postings, starts, sizes, lengths, firsts, table, slots, places, bounds[i], extra
+        )
+    return bounds
+
+
+@njit(cache=True, nogil=True)
 def _decode(document, postings, starts, sizes, lengths, firsts, table, slots, places, size, extra):
     """Appends the slots of a document's terms and the places of their saturations; returns the new size."""
-    address = postings.ctypes.data
+    address = np.int64(postings.ctypes.data)
     controls, num_terms = np.int64(starts[document]), np.int64(sizes[document])
     at = controls + (num_terms + 3) // 4
     first = firsts[lengths[document]] + 1
     term, num_extra = np.int64(-1), 0
     last = len(slots) - 1  # takes what is not wanted
     for i in range(num_terms):
-        bytes_less_1 = (np.uint32(postings[controls + (i >> 2)]) >> np.uint32(2 * (i & 3))) & np.uint32(3)
-        value = word_at(np.uintp(address + at)) & (np.uint32(0xFFFFFFFF) >> (np.uint32(24) - np.uint32(8) * bytes_less_1))
+        bytes_less_1 = (np.int64(postings[np.uint64(controls + (i >> 2))]) >> (2 * (i & 3))) & 3
+        value = np.int64(word_at(address + at)) & (0xFFFFFFFF >> (24 - 8 * bytes_less_1))
         at += bytes_less_1 + 1
-        term += np.int64(value >> np.uint32(2)) + 1
-        slot = table[term]
-        slots[size], places[size] = slot, first + (value & np.uint32(3))
-        extra[num_extra] = size if slot >= 0 else last
-        num_extra += (value & np.uint32(3)) == 3
+        term += (value >> 2) + 1
+        slot = table[np.uint64(term)]
+        slots[np.uint64(size)], places[np.uint64(size)] = slot, first + (value & 3)
+        extra[np.uint64(num_extra)] = size if slot >= 0 else last
+        num_extra += (value & 3) == 3
         size += slot >= 0
     for i in range(num_extra):
         shift, more = 0, 0

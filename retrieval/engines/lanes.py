@@ -65,7 +65,7 @@ def add_rows(typing, sums, rows, numbers, factors, count, floors, masks):
             builder.store(builder.bitcast(reached, _I32), builder.gep(bits, [_I64(i)]))
         return context.get_dummy_value()
 
-    address = types.uintp
+    address = types.intp
     return types.void(address, address, address, address, types.int64, address, address), generate
 
 
@@ -86,4 +86,4 @@ def word_at(typing, address):
     def generate(context, builder, signature, arguments):
         return builder.load(builder.inttoptr(arguments[0], _I32.as_pointer()), align=1)
 
-    return types.uint32(types.uintp), generate
+    return types.uint32(types.intp), generate

@@ -43,8 +43,15 @@ class Vocabulary:
 
     def encode(self, texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the terms of UTF-8 texts, new ones added: int32[all terms] and its int64[texts + 1] offsets."""
-        rewritten = [t if t.isascii() else " ".join(self._analyzer.terms(t.decode())).encode() for t in texts]
-        return self._encode(rewritten, _LOWERED, self._stop_words, grow=True)
+        return self._encode(self._rewritten(texts), _LOWERED, self._stop_words, grow=True)
+
+    def encode_known(self, texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The same with nothing added: -1 for terms that are unknown."""
+        return self._encode(self._rewritten(texts), _LOWERED, self._stop_words, grow=False)
+
+    def add(self, terms: list[str]) -> np.ndarray:
+        """int32[terms]: the id of each, new ones added. A term as the analyzer yields it, or the ids are too many."""
+        return self._encode([term.encode() for term in terms], _AS_IS, self._stop_words, grow=True)[0]
 
     def ids(self, terms: list[str]) -> np.ndarray:
         """int32[terms]: the id of each, -1 for one that is unknown (or a stop word)."""
@@ -69,9 +76,11 @@ class Vocabulary:
         return self
 
     def merge(self, other: "Vocabulary") -> np.ndarray:
-        """int64[len(other)]: the ids here of the other's terms, new ones added."""
-        terms = [other.term(id).encode() for id in range(len(other))]
-        return self._encode(terms, _AS_IS, self._stop_words, grow=True)[0].astype(np.int64)
+        """int32[len(other)]: the ids here of the other's terms, new ones added."""
+        return self.add([other.term(id) for id in range(len(other))])
+
+    def _rewritten(self, texts: Iterable[bytes]) -> list[bytes]:
+        return [t if t.isascii() else " ".join(self._analyzer.terms(t.decode())).encode() for t in texts]
 
     def _encode(self, texts: list[bytes], letter_of: np.ndarray, skip: int, grow: bool):
         buffer = np.frombuffer(b"".join(texts), np.uint8)

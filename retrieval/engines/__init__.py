@@ -36,4 +36,4 @@ def _open(name: str, *args, **keywords):
     return import_module(f"retrieval.engines.{name}").open_engine(*args, **keywords)
 
 
-ENGINES = {name: partial(_open, name) for name in ("bm25", "rank_bm25")}
+ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25")}

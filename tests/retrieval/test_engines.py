@@ -108,7 +108,7 @@ def test_explanation_adds_up_to_the_score(name, manual, tmp_path):
 @pytest.mark.parametrize("name", ENGINES)
 def test_more_hits_than_documents_unknown_terms_and_no_query(name, tmp_path):
     corpus = store(["alpha beta", "alpha", "gamma", "delta", "epsilon"], tmp_path / "store")
-    engine = ENGINES[name](corpus, WORDS, "okapi", 1.2, 0.75, tmp_path, 1)
+    engine = ENGINES[name](corpus, WORDS, "atire", 1.2, 0.75, tmp_path, 1)
     rows, scores = engine.search([["alpha"], ["unknown"], []], 100)
     assert rows.tolist() == [[1, 0, -1, -1, -1], [-1] * 5, [-1] * 5]
     assert (scores[0, :2] > 0).all()

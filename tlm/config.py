@@ -42,7 +42,9 @@ class DataConfig:
 @dataclass
 class RetrievalConfig:
     selector: str = key("bm25", "bm25, or random (as many documents as bm25 would select)")
-    engine: str = key("bm25", "bm25 (ours) or rank_bm25 (slow reference)")
+    engine: str = key(
+        "bm25", "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, opensearch"
+    )
     analyzer: str = key("english", "text -> terms: english (no stop words) or words")
     scoring: str = key("lucene", "BM25 variant")
     k1: float = key(1.2, "BM25 term saturation")
@@ -358,7 +360,7 @@ def sha256(config: Any) -> str:
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random"),
-    "retrieval.engine": ("bm25", "rank_bm25"),
+    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),

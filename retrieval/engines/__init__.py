@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tasks.errors import InputError
+
 MEMORY = 2 << 30  # bytes that building an index may take
 
 
@@ -33,7 +35,13 @@ def num_threads(threads: int) -> int:
 
 
 def _open(name: str, *args, **keywords):
-    return import_module(f"retrieval.engines.{name}").open_engine(*args, **keywords)
+    try:
+        module = import_module(f"retrieval.engines.{name}")
+    except ImportError as error:
+        raise InputError(
+            f"retrieval.engine={name} needs the package {error.name}: pip install -c constraints.txt -e '.[{name}]'"
+        ) from error
+    return module.open_engine(*args, **keywords)
 
 
-ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25")}
+ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25", "bm25s", "opensearch")}

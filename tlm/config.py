@@ -213,6 +213,11 @@ class BenchConfig:
         default_factory=lambda: ["mlm", "joint", "parts", "growth"],
         metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
     )
+    engines: list[str] = field(
+        default_factory=lambda: ["bm25", "bm25s"],
+        metadata={"help": "of bench retrieval: the contestants"},
+    )
+    queries: int = key(2000, "of bench retrieval: training texts of each task that query")
     hidden: list[int] = field(
         default_factory=lambda: [256, 512], metadata={"help": "widths of the model, multiples of 64; growth: the first"}
     )
@@ -385,7 +390,7 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "kills": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
+    "seeds": 1, "kills": 1, "queries": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A rival: the package bm25s with its Numba backend, the fastest of the Python engines. It holds its index in memory.
+"""A rival: the package bm25s with its Numba backend, the fastest of the Python engines.
 
 It gets our terms, so that speed and not the analyzer is compared. Scores are float32 sums; documents with equal scores
 come in any order.
@@ -11,12 +11,14 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
+from retrieval import folders
 from retrieval.analyze import Analyzer
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import MEMORY, Hits, num_threads
 from retrieval.vocabulary import Vocabulary
 from tasks.errors import InputError
 
+KIND, VERSION = "bm25s index", 1
 METHODS = ("lucene", "robertson", "atire")
 
 
@@ -31,23 +33,36 @@ def open_engine(
     progress: Progress | None = None,
     memory: int = MEMORY,
 ) -> "BM25S":
-    """Indexes the whole corpus in memory; keeps nothing in `folder`."""
+    """The index of this corpus below `folder`, built in memory if it is not there, and read into memory."""
     if scoring not in METHODS:
         raise InputError(f"the engine bm25s does not know the scoring {scoring}; choose one of {', '.join(METHODS)}")
-    vocabulary = Vocabulary(analyzer)
-    ids, ends = vocabulary.encode(corpus.encoded(row) for row in range(len(corpus)))
-    if not len(ids):
-        raise InputError("the engine bm25s cannot index a corpus without any term")
-    documents = [ids[start:end].tolist() for start, end in pairwise(ends)]
-    start = time.perf_counter()
-    index = bm25s.BM25(method=scoring, k1=k1, b=b, backend="numba")
-    index.index((documents, {vocabulary.term(id): id for id in range(len(vocabulary))}), show_progress=False)
-    return BM25S(index, len(corpus), num_threads(threads), time.perf_counter() - start)
+    key = folders.key(
+        engine="bm25s", corpus=corpus.fingerprint, analyzer=analyzer.hash, scoring=scoring, k1=k1, b=b, version=VERSION
+    )
+
+    def write(new: Path) -> dict:
+        vocabulary = Vocabulary(analyzer)
+        ids, ends = vocabulary.encode(corpus.encoded(row) for row in range(len(corpus)))
+        if not len(ids):
+            raise InputError("the engine bm25s cannot index a corpus without any term")
+        documents = [ids[start:end].tolist() for start, end in pairwise(ends)]
+        start = time.perf_counter()
+        index = bm25s.BM25(method=scoring, k1=k1, b=b, backend="numba")
+        index.index((documents, {vocabulary.term(id): id for id in range(len(vocabulary))}), show_progress=False)
+        index.save(new, show_progress=False)
+        return {"seconds": round(time.perf_counter() - start, 3)}  # without making terms of the texts
+
+    manifest = folders.ensure(Path(folder) / key, KIND, VERSION, write)
+    index = bm25s.BM25.load(Path(folder) / key, load_corpus=False)
+    index.backend = "numba"
+    index.activate_numba_scorer()
+    return BM25S(index, Path(folder) / key, len(corpus), num_threads(threads), manifest["seconds"])
 
 
 class BM25S:
-    def __init__(self, index: bm25s.BM25, num_documents: int, threads: int, seconds: float):
-        self.index, self._num_documents, self._threads, self.seconds = index, num_documents, threads, seconds
+    def __init__(self, index: bm25s.BM25, folder: Path, num_documents: int, threads: int, seconds: float):
+        self.index, self.folder, self.seconds = index, folder, seconds
+        self._num_documents, self._threads = num_documents, threads
 
     def search(self, queries: list[list[str]], k: int) -> Hits:
         """See `Hits`."""

@@ -162,7 +162,11 @@ class Client:
                 break
             if attempt + 1 < TRIES:
                 time.sleep(SECONDS_BETWEEN * 2**attempt)
-        reason = "fewer answers than queries" if failed is None else _reason(failed.get("error", "it timed out or a shard is lost"))
+        reason = (
+            "fewer answers than queries"
+            if failed is None
+            else _reason(failed.get("error", "it timed out or a shard is lost"))
+        )
         raise InputError(f"{self.address}: a query failed: {reason}; no hits were taken from it")
 
     def _ask(self, method: str, path: str, body: dict | list | None = None, **missing) -> dict:

@@ -234,9 +234,7 @@ def test_opensearch_errors_of_ours_are_not_tried_again(server, few, tmp_path):
     server.most_clauses = 4
     with pytest.raises(InputError, match="a query failed: maxClauseCount"):
         engine.search([["a1", "b1", "c1", "d1", "e1"]], 3)
-    with pytest.raises(
-        InputError, match="query 1 has 5 .* terms, .* allows 4 clauses; set retrieval.query_terms=4"
-    ):
+    with pytest.raises(InputError, match="query 1 has 5 .* terms, .* allows 4 clauses; set retrieval.query_terms=4"):
         open_opensearch(few, tmp_path).search([["a1"], ["a1", "b1", "c1", "d1", "e1"]], 3)
 
 

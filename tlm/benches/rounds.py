@@ -39,9 +39,15 @@ class Record:
 
 
 def contest(
-    title: str, contestants: dict[str, Contestant], seconds: float, threads: int, preload: list[str], progress: Progress
+    title: str,
+    contestants: dict[str, Contestant],
+    seconds: float,
+    threads: int,
+    preload: list[str],
+    progress: Progress,
+    least_rounds: int = LEAST_ROUNDS,
 ) -> tuple[dict[str, Record], list[float]]:
-    """Rounds for about `seconds`, at least LEAST_ROUNDS: the records, and the machine's peak in each round in FLOP/s.
+    """Rounds for about `seconds`, at least `least_rounds`: the records, and the machine's peak in each round in FLOP/s.
 
     `preload` names modules that the server imports, which only saves time. Raises InputError if a process is killed.
     """
@@ -64,7 +70,7 @@ def contest(
         for name in names:
             ask(name, enter, contestants[name], threads)
         start = time.perf_counter()
-        while len(peaks) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
+        while len(peaks) < least_rounds or time.perf_counter() - start < seconds:
             peaks.append(1e9 * matmul_gflops(threads))
             for name in names:
                 records[name].turns.append(ask(name, turn))
@@ -155,6 +161,9 @@ def distinct(rows: list[dict], key: str) -> list[str]:
 
 
 SHOWN: dict[str, Callable[[float], str]] = {
+    "queries/s": lambda v: f"{v:,.0f}/s",
+    "documents/s": lambda v: f"{v:,.0f}/s",
+    "MB/s": lambda v: f"{v:,.1f} MB/s",
     "tokens/s": lambda v: f"{v:,.0f}/s",
     "x": lambda v: f"{v:.2f} x",
     "share": lambda v: f"{v:.0%}",

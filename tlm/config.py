@@ -52,6 +52,7 @@ class RetrievalConfig:
     k: int | None = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
     max_documents: int | None = key(None, "keep at most this many of the best ranked documents")
     max_words: int | None = key(None, "keep the best ranked documents up to this many words")
+    memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
 
@@ -395,6 +396,14 @@ AT_LEAST = {
 }  # fmt: skip
 
 
+def num_bytes(name: str, text: str) -> int:
+    """Bytes of `2GB` or `500MB`. Raises InputError for anything else, and for less than 1 MB."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in ("MB", "GB") or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise InputError(f"{name}={text}: write a number with MB or GB, such as {name}=2GB")
+    return max(int(float(number) * (1 << 20 if unit == "MB" else 1 << 30)), 1 << 20)
+
+
 def validate(config: Any) -> Any:
     """Refuse values that cannot mean anything; fill the model's sizes in from its preset. Returns the config."""
     flat = {name: value for name, _, value, _ in rows_of(config)}
@@ -405,6 +414,8 @@ def validate(config: Any) -> Any:
                 near = difflib.get_close_matches(str(value), choices, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
                 raise InputError(f"{name}={value}: not a valid choice; {hint}")
+    if "retrieval.memory" in flat:
+        num_bytes("retrieval.memory", flat["retrieval.memory"])
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")

@@ -29,7 +29,7 @@ LEAST_WEIGHT, LEAST_FACTOR = 64, 1_024  # their product is 2^16: 1 after the shi
 class Batch(NamedTuple):
     """Queries, ready for `pass_by`. A slot is a distinct term of the batch; the first `len(rows[0])` are rows.
 
-    slots int32, counts float64: terms of query q, in the order in which they first stand in it, and how often, are at
+    slots int32, counts float32: terms of query q, in the order in which they first stand in it, and how often, are at
     bounds[q]:bounds[q + 1]. idf float64[slots]. rows uint16[tiles, rows, TILE]. The queries of list i are at
     list_bounds[i]:list_bounds[i + 1] of list_lanes uint32 (their places in a block's sums) and list_weights uint16.
     scales float64[Q]: a score times it is a sum. margins int64[Q].
@@ -110,7 +110,7 @@ def make_batch(queries: list[list[str]], idf_of: Callable[[list[str]], np.ndarra
     listed = np.flatnonzero(~in_row)
     listed = listed[np.argsort(slots[listed], kind="stable")]
     batch = Batch(
-        slots, counts, np.concatenate([[0], np.cumsum(sizes)]), idf[order], rows,
+        slots, counts.astype(np.float32), np.concatenate([[0], np.cumsum(sizes)]), idf[order], rows,
         np.concatenate([[0], np.cumsum(holders[order[num_rows:]])]),
         (tiles * (BLOCK + 1) * TILE + lanes)[listed].astype(np.uint32), weights[listed], scales, 2 * sizes + 10,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def working_space(batch: Batch) -> tuple[np.ndarray, ...]:
         _aligned((tiles * (BLOCK + 1) * TILE,)),
         np.empty((BLOCK, tiles * TILE), np.uint16),
         np.zeros(BLOCK, np.int64),
-        np.zeros(len(batch.idf)),
+        np.zeros(len(batch.idf), np.float32),
     )
 
 
@@ -235,7 +235,7 @@ def _add_up_block(rows, bounds, slots, places, saturations, batch, best, space):
             size = 0
             for j in range(np.uint64(batch.bounds[query]), np.uint64(batch.bounds[query + 1])):
                 impact = impacts[np.uint32(batch.slots[j])]
-                adds[size] = batch.counts[j] * impact
+                adds[size] = np.float64(batch.counts[j]) * np.float64(impact)
                 size += impact != 0
             score = 0.0
             for j in range(size):  # in the order of the query's terms

@@ -151,7 +151,7 @@ class BM25:
         impacts = np.zeros(len(batch.idf))
         impacts[slots[:size]] = (batch.idf[slots[:size]] * self._saturations.exact[places[:size]]).astype(np.float32)
         terms = {slot: term for term, slot in slots_of.items()}
-        adds = batch.counts * impacts[batch.slots]
+        adds = batch.counts.astype(np.float64) * impacts[batch.slots]
         return {terms[int(slot)]: float(add) for slot, add in zip(batch.slots, adds, strict=True) if add}
 
     def _search(self, queries: list[list[str]], hits: Hits, guess: bool = True) -> None:

@@ -108,7 +108,7 @@ def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Cor
     if "://" not in spec and folders.holds(Path(spec).expanduser(), KIND):
         return Corpus(Path(spec).expanduser())
     paths = files.expand(spec)
-    key = folders.key(files=[_state(path) for path in paths], version=VERSION)
+    key = folders.key(files=[file_state(path) for path in paths], version=VERSION)
     return build_corpus(read_documents(paths), Path(cache) / "corpora" / key, paths, progress)
 
 
@@ -138,7 +138,7 @@ def _first(names: dict[str, str], wanted: tuple[str, ...]) -> str | None:
     return next((names[name] for name in wanted if name in names), None)
 
 
-def _state(path: str) -> str:
+def file_state(path: str) -> str:
     """The full path and what changes when the file does: size and time, or whatever a remote system tells (etag)."""
     if "://" not in path:
         state = os.stat(os.path.expanduser(path))

@@ -14,8 +14,9 @@ import numpy as np
 
 
 class Scoring(NamedTuple):
-    idf: Callable  # (df, num_documents) -> weights, df of every term of the corpus
+    idf: Callable  # (df, num_documents) -> weights; df of every term of the corpus where it is `of_all_terms`
     saturation: Callable  # (tf, length, k1, b) -> weights
+    of_all_terms: bool = False
 
 
 def idf_lucene(df, num_documents):
@@ -74,7 +75,7 @@ SCORINGS = {
     "lucene": Scoring(idf_lucene, saturation),
     "robertson": Scoring(idf_robertson, saturation),
     "atire": Scoring(idf_atire, saturation_okapi),
-    "okapi": Scoring(idf_okapi, saturation_okapi),
+    "okapi": Scoring(idf_okapi, saturation_okapi, of_all_terms=True),
     "bm25plus": Scoring(idf_plus, saturation_plus),
     "bm25l": Scoring(idf_long, saturation_long),
 }

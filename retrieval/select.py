@@ -26,7 +26,7 @@ from retrieval import folders
 from retrieval.analyze import ANALYZERS
 from retrieval.baselines import random_rows
 from retrieval.corpus import Corpus, Progress
-from retrieval.engines import ENGINES
+from retrieval.engines import ENGINES, MEMORY
 from retrieval.leak import find_leaks
 from retrieval.queries import make_queries
 from retrieval.scoring import SCORINGS
@@ -35,8 +35,8 @@ from tasks.types import Task
 
 KIND, VERSION = "selection", 1
 SELECTORS = ("bm25", "random")
-QUERIES_A_BATCH = 256
-HITS_IN_MEMORY = 2_000_000
+QUERIES_A_BATCH = 2_048  # as many as the engine bm25 takes at once; fewer where they would have more hits than:
+HITS_IN_MEMORY = 4_000_000
 EXPLAINED_DOCUMENTS = 500
 SHOWN = 3
 
@@ -107,6 +107,7 @@ def select(
     like: Selection | None = None,
     seed: int = 0,
     threads: int = 0,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Selection:
     """The selection for a task, made under `cache` or found there.
@@ -114,6 +115,7 @@ def select(
     `k`: documents a query, by `paper_k` if None. `max_documents` and `max_words` bound the selection; `like` takes the
     bound from another one: its words if it was cut by words, else its number of documents. The selector `random` draws
     documents by `seed` until the bound. Texts with more terms than `query_terms` query by their key terms.
+    `memory`: bytes that building an index may take.
     Raises InputError for unknown names and values out of range, and where nothing is found.
     """
     names = {"selector": SELECTORS, "engine": ENGINES, "analyzer": ANALYZERS, "scoring": SCORINGS}
@@ -148,7 +150,7 @@ def select(
     folder = Path(cache) / "selections" / key
 
     def write(new: Path) -> dict:
-        return _write(new, task, corpus, options, Path(cache), threads, progress)
+        return _write(new, task, corpus, options, Path(cache), threads, memory, progress)
 
     folders.ensure(folder, KIND, VERSION, write)
     return Selection(folder)
@@ -161,7 +163,14 @@ def _bounds_of(like: Selection) -> tuple[int | None, int | None]:
 
 
 def _write(
-    folder: Path, task: Task, corpus: Corpus, options: dict, cache: Path, threads: int, progress: Progress | None
+    folder: Path,
+    task: Task,
+    corpus: Corpus,
+    options: dict,
+    cache: Path,
+    threads: int,
+    memory: int,
+    progress: Progress | None,
 ) -> dict:
     unseen = [*task.texts("dev"), *task.texts("test")]
     leaks = find_leaks(corpus, unseen, cache, threads, progress)
@@ -171,7 +180,7 @@ def _write(
     else:
         engine = ENGINES[options["engine"]](
             corpus, ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes",
-            threads, progress,
+            threads, progress, memory,
         )  # fmt: skip
         seconds["index"] = engine.seconds
         with _timed(seconds, "search"):
@@ -230,8 +239,9 @@ def _search(engine, queries: list[list[str]], k: int, progress: Progress | None)
     """The union of all queries' hits by rank, score and row; and how many hits each query had, int32[queries]."""
     num_hits = np.zeros(len(queries), np.int32)
     parts, waiting = [], 0
-    for first in range(0, len(queries), QUERIES_A_BATCH):
-        hits = engine.search(queries[first : first + QUERIES_A_BATCH], k)
+    step = min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
+    for first in range(0, len(queries), step):
+        hits = engine.search(queries[first : first + step], k)
         query, place = np.nonzero(hits.rows >= 0)
         num_hits[first : first + len(hits.rows)] = np.bincount(query, minlength=len(hits.rows))
         ranks, numbers = (place + 1).astype(np.int32), (query + first).astype(np.int32)
@@ -240,7 +250,7 @@ def _search(engine, queries: list[list[str]], k: int, progress: Progress | None)
         if waiting > HITS_IN_MEMORY:
             parts, waiting = [_best_hits(parts)], 0
         if progress:
-            progress(min(first + QUERIES_A_BATCH, len(queries)), len(queries), "searching")
+            progress(min(first + step, len(queries)), len(queries), "searching")
     found = _best_hits(parts)
     return found.at(np.lexsort((found.rows, -found.scores, found.ranks))), num_hits
 

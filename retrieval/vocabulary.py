@@ -4,7 +4,7 @@ The fast path reads UTF-8 bytes, where it knows letters and digits of ASCII only
 rewritten by the analyzer itself as its terms with blanks between, in which every byte beyond ASCII belongs to a term.
 So the result equals `Analyzer.terms` for every text (tested), and mostly-English corpora pass at the table's speed.
 
-Ids count up from 0 in the order of first occurrence. On disk: the table as it is, memory-mapped, ready for look-ups.
+Ids count up from 0 in the order of first occurrence. On disk: the terms one after another; the table is made again.
 """
 
 from collections.abc import Iterable
@@ -43,8 +43,15 @@ class Vocabulary:
 
     def encode(self, texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the terms of UTF-8 texts, new ones added: int32[all terms] and its int64[texts + 1] offsets."""
-        rewritten = [t if t.isascii() else " ".join(self._analyzer.terms(t.decode())).encode() for t in texts]
-        return self._encode(rewritten, _LOWERED, self._stop_words, grow=True)
+        return self._encode(self._rewritten(texts), _LOWERED, self._stop_words, grow=True)
+
+    def encode_known(self, texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The same with nothing added: -1 for terms that are unknown."""
+        return self._encode(self._rewritten(texts), _LOWERED, self._stop_words, grow=False)
+
+    def add(self, terms: list[str]) -> np.ndarray:
+        """int32[terms]: the id of each, new ones added. A term as the analyzer yields it, or the ids are too many."""
+        return self._encode([term.encode() for term in terms], _AS_IS, self._stop_words, grow=True)[0]
 
     def ids(self, terms: list[str]) -> np.ndarray:
         """int32[terms]: the id of each, -1 for one that is unknown (or a stop word)."""
@@ -55,19 +62,25 @@ class Vocabulary:
         return found
 
     def save(self, folder: Path) -> None:
-        np.save(folder / "term_slots.npy", self._slots)
-        np.save(folder / "term_starts.npy", self._starts[: self._terms + 1])
+        np.save(folder / "term_starts.npy", self._starts[: self._terms + 1].astype(np.uint32))
         np.save(folder / "term_letters.npy", self._letters[: self._starts[self._terms]])
 
     @classmethod
     def load(cls, folder: Path, analyzer: Analyzer) -> "Vocabulary":
-        """The saved table, memory-mapped: for look-ups only."""
+        """The saved terms, for look-ups only."""
         self = cls(analyzer)
-        self._slots, self._starts, self._letters = (
-            np.asarray(np.load(folder / f"term_{name}.npy", mmap_mode="c")) for name in ("slots", "starts", "letters")
-        )
+        self._starts = np.load(folder / "term_starts.npy").astype(np.int64)
+        self._letters = np.asarray(np.load(folder / "term_letters.npy", mmap_mode="c"))
         self._terms = len(self._starts) - 1
+        self._make_slots()
         return self
+
+    def merge(self, other: "Vocabulary") -> np.ndarray:
+        """int32[len(other)]: the ids here of the other's terms, new ones added."""
+        return self.add([other.term(id) for id in range(len(other))])
+
+    def _rewritten(self, texts: Iterable[bytes]) -> list[bytes]:
+        return [t if t.isascii() else " ".join(self._analyzer.terms(t.decode())).encode() for t in texts]
 
     def _encode(self, texts: list[bytes], letter_of: np.ndarray, skip: int, grow: bool):
         buffer = np.frombuffer(b"".join(texts), np.uint8)
@@ -89,11 +102,14 @@ class Vocabulary:
         terms = 2 * (self._terms + size // 2 + 2)
         if terms > len(self._starts):
             self._starts = np.resize(self._starts, terms)
-            self._slots = np.full(1 << int(2 * terms - 1).bit_length(), -1, np.int32)
-            _fill(self._slots, self._starts, self._letters, self._terms)
+            self._make_slots()
         letters = int(self._starts[self._terms]) + size
         if letters > len(self._letters):
             self._letters = np.resize(self._letters, 2 * letters)
+
+    def _make_slots(self) -> None:
+        self._slots = np.full(1 << int(2 * len(self._starts) - 1).bit_length(), -1, np.int32)
+        _fill(self._slots, self._starts, self._letters, self._terms)
 
 
 @njit(cache=True, nogil=True)

@@ -42,7 +42,9 @@ class DataConfig:
 @dataclass
 class RetrievalConfig:
     selector: str = key("bm25", "bm25, or random (as many documents as bm25 would select)")
-    engine: str = key("bm25", "bm25 (ours) or rank_bm25 (slow reference)")
+    engine: str = key(
+        "bm25", "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, opensearch"
+    )
     analyzer: str = key("english", "text -> terms: english (no stop words) or words")
     scoring: str = key("lucene", "BM25 variant")
     k1: float = key(1.2, "BM25 term saturation")
@@ -50,6 +52,7 @@ class RetrievalConfig:
     k: int | None = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
     max_documents: int | None = key(None, "keep at most this many of the best ranked documents")
     max_words: int | None = key(None, "keep the best ranked documents up to this many words")
+    memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
 
@@ -220,6 +223,11 @@ class BenchConfig:
         default_factory=lambda: ["mlm", "joint", "parts", "growth"],
         metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
     )
+    engines: list[str] = field(
+        default_factory=lambda: ["bm25", "bm25s"],
+        metadata={"help": "of bench retrieval: the contestants"},
+    )
+    queries: int = key(2000, "of bench retrieval: training texts of each task that query")
     hidden: list[int] = field(
         default_factory=lambda: [256, 512], metadata={"help": "widths of the model, multiples of 64; growth: the first"}
     )
@@ -357,20 +365,26 @@ def to_dict(config: Any) -> dict:
 # Where a run writes and what else may be changed without changing its result, but for rounding.
 NOT_THE_RESULT = (
     "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "timeout_minutes", "boards", "price_per_hour",
-    "device", "compile", "activation_checkpointing", "micro_batch",
+    "device", "compile", "activation_checkpointing", "micro_batch", "retrieval.memory",
 )  # fmt: skip
 
 
 def sha256(config: Any) -> str:
     """Hash of what decides a run's result; where it is written, and how often it is saved, does not."""
-    decisive = {k: v for k, v in to_dict(config).items() if k not in NOT_THE_RESULT}
+    decisive = to_dict(config)
+    for name in NOT_THE_RESULT:
+        *groups, key = name.split(".")
+        inner = decisive
+        for part in groups:
+            inner = inner.get(part, {})
+        inner.pop(key, None)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random"),
-    "retrieval.engine": ("bm25", "rank_bm25"),
+    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),
@@ -396,9 +410,18 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "kills": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
+    "seeds": 1, "kills": 1, "queries": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
+    "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
+
+
+def num_bytes(name: str, text: str) -> int:
+    """Bytes of `2GB` or `500MB`. Raises InputError for anything else, and for less than 1 MB."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in ("MB", "GB") or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise InputError(f"{name}={text}: write a number with MB or GB, such as {name}=2GB")
+    return max(int(float(number) * (1 << 20 if unit == "MB" else 1 << 30)), 1 << 20)
 
 
 def validate(config: Any) -> Any:
@@ -411,6 +434,8 @@ def validate(config: Any) -> Any:
                 near = difflib.get_close_matches(str(value), choices, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
                 raise InputError(f"{name}={value}: not a valid choice; {hint}")
+    if "retrieval.memory" in flat:
+        num_bytes("retrieval.memory", flat["retrieval.memory"])
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")

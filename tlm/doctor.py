@@ -110,6 +110,7 @@ def versions(runs: Path) -> list[Check]:
 
 EXTRAS = {
     "hub": "for task=hf:NAME",
+    "bm25s": "for retrieval.engine=bm25s",
     "lowbit": "for optimizer=adamw8bit",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",
@@ -262,7 +263,7 @@ def retrieval_engines(runs: Path) -> list[Check]:
         for name, open_engine in ENGINES.items():
             start = time.perf_counter()
             try:
-                engine = open_engine(corpus, analyzer, "okapi", 1.2, 0.75, Path(folder) / name, 1)
+                engine = open_engine(corpus, analyzer, "lucene", 1.2, 0.75, Path(folder) / name, 1)
                 best = int(engine.search([analyzer.terms("match won")], 1).rows[0, 0])
             except (ImportError, InputError, OSError, RuntimeError) as error:
                 checks.append(Check(section, name, "absent", str(error).split("\n")[0]))

@@ -23,7 +23,7 @@ from retrieval.select import Selection
 from tasks.readers import read_task
 from tasks.types import Task
 from tlm import warmstart
-from tlm.config import DataConfig, ModelConfig, TrainConfig
+from tlm.config import DataConfig, ModelConfig, TrainConfig, num_bytes
 from tlm.engine import World
 from tlm.ledger import Ledger
 from tlm.model import ModelShape
@@ -176,6 +176,7 @@ def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: P
     options = config.retrieval
     settings = {name: value for name, value in vars(options).items() if name != "selector"}
     settings |= {"cache": cache, "threads": config.threads, "progress": progress.update}
+    settings["memory"] = num_bytes("retrieval.memory", options.memory)
     best = select.select(task, corpus, selector="bm25", **settings)
     if options.selector == "bm25":
         return best

@@ -1,6 +1,6 @@
 """Engines that search a corpus, one file each, one signature, so that rivals can stand in for each other.
 
-open_engine(corpus, analyzer, scoring, k1, b, folder, threads, progress=None) gives an object with
+open_engine(corpus, analyzer, scoring, k1, b, folder, threads, progress=None, memory=MEMORY) gives an object with
     search(queries, k) -> Hits      queries: lists of terms of the analyzer
     explain(query, row) -> {term: what it adds to the row's score}
     seconds: what building its index took, when it was built
@@ -13,6 +13,10 @@ from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
+
+from tasks.errors import InputError
+
+MEMORY = 2 << 30  # bytes that building an index may take
 
 
 class Hits(NamedTuple):
@@ -31,7 +35,13 @@ def num_threads(threads: int) -> int:
 
 
 def _open(name: str, *args, **keywords):
-    return import_module(f"retrieval.engines.{name}").open_engine(*args, **keywords)
+    try:
+        module = import_module(f"retrieval.engines.{name}")
+    except ImportError as error:
+        raise InputError(
+            f"retrieval.engine={name} needs the package {error.name}: pip install -c constraints.txt -e '.[{name}]'"
+        ) from error
+    return module.open_engine(*args, **keywords)
 
 
-ENGINES = {name: partial(_open, name) for name in ("bm25", "rank_bm25")}
+ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25", "bm25s", "opensearch")}

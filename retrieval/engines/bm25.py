@@ -1,16 +1,28 @@
-"""Our BM25: every posting's score is worked out when the index is built, so that searching only adds up.
+"""Our BM25: an index of what each document holds, and a pass over it for some thousands of queries at once.
 
-The index lies on disk and is memory-mapped: for each term its documents and what the term adds to each ("impact",
-float32), one term after another (CSC). A query adds its terms' impacts, in the order in which the terms first stand in
-it, into one float64 a document; then one pass keeps the K best. Sums of float32 in float64 are exact but for the
-rarest cases, so documents with equal impacts tie exactly and rows decide, also at the K-th place. All postings of the
-query's terms are touched, 8 bytes each: that is this engine's speed limit.
+A shard of the index holds a run of the corpus's documents: for each its distinct terms, ascending, and their counts, in
+about 2 bytes a posting. No score is kept, so that any scoring, k1 and b reads the same index, and so that document
+frequencies and the average length are added up over shards when the index is opened: how a corpus was cut changes
+nothing. A shard is named by the hash of its text. Those that are there are never built again, be it after a kill or
+when documents were added to a corpus.
+
+Searching decodes postings at about 2 ns each, once for up to 2,048 queries, and leaves the rest to `batch`. A sixteenth
+of the documents passes first and tells about how high the floors will be, which spares most of the exact scoring of
+documents that later ones drive out. Where that told too much of a query, it is searched again without.
+
+A shard folder: postings.bin; starts.npy uint32[documents + 1] into it; sizes.npy (distinct terms) and lengths.npy
+(terms) uint32[documents]; df.npy uint32[terms]; term_*.npy, the vocabulary; most_counts.npy uint32[.., 2], each length
+that occurs and the largest count of a term in documents of that length.
 """
 
-import os
-from collections.abc import Iterator
+import hashlib
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numba import njit
@@ -18,15 +30,32 @@ from numba import njit
 from retrieval import folders
 from retrieval.analyze import Analyzer
 from retrieval.corpus import Corpus, Progress
-from retrieval.engines import Hits, num_threads
-from retrieval.scoring import SCORINGS
+from retrieval.engines import MEMORY, Hits, num_threads
+from retrieval.engines.batch import (
+    Batch,
+    Best,
+    Saturations,
+    add_up,
+    floors_at,
+    make_batch,
+    make_saturations,
+    merge,
+    nothing_yet,
+    put_in_order,
+    working_space,
+)  # fmt: skip
+from retrieval.engines.lanes import word_at
+from retrieval.scoring import SCORINGS, Scoring
 from retrieval.vocabulary import Vocabulary
 from tasks.errors import InputError
 
-KIND, VERSION = "bm25 index", 1
+KIND, SHARD_KIND, VERSION = "bm25 index", "bm25 shard", 2
 CHUNK_DOCUMENTS = 8_192
-CHUNK_POSTINGS = 1 << 20
-QUERIES_A_JOB = 32
+MEMORY_PER_TEXT = 16  # a thread that builds a shard takes at most so many times the size of its text
+QUERIES_A_PASS = 2_048
+DOCUMENTS_A_JOB = 512
+SAMPLED = 16  # one job in so many passes first
+BEST_BYTES = 256 << 20  # for the K best of all queries of a pass, in all threads
 
 
 def open_engine(
@@ -38,224 +67,365 @@ def open_engine(
     folder: Path,
     threads: int = 0,
     progress: Progress | None = None,
+    memory: int = MEMORY,
 ) -> "BM25":
-    """The index of this corpus, analyzer and scoring below `folder`, built there if it is not yet.
+    """The index of this corpus and analyzer below `folder`; what of it is not there yet is built.
 
     Raises InputError for impossible parameters and for a damaged index.
     """
     if k1 < 0 or not 0 <= b <= 1:
         raise InputError(f"BM25 wants k1 of at least 0 and b from 0 to 1, not k1={k1} and b={b}")
-    key = folders.key(
-        corpus=corpus.fingerprint, analyzer=analyzer.hash, scoring=scoring, k1=float(k1), b=float(b), version=VERSION
-    )
-    place = Path(folder) / key
-    manifest = folders.ensure(place, KIND, VERSION, lambda new: _write(new, corpus, analyzer, scoring, k1, b, progress))
-    return BM25(place, manifest, analyzer, num_threads(threads))
+    folder, threads = Path(folder), num_threads(threads)
+    place = folder / folders.key(corpus=corpus.fingerprint, analyzer=analyzer.hash, version=VERSION)
+    shard_bytes = max(memory // MEMORY_PER_TEXT // threads, 1)
+    write = partial(_write, corpus, analyzer, folder, shard_bytes, threads, progress)
+    manifest = folders.ensure(place, KIND, VERSION, lambda new: write())
+    return BM25(place, manifest, analyzer, SCORINGS[scoring], k1, b, threads)
+
+
+class Shard:
+    """Documents `first` and following of the corpus, opened."""
+
+    def __init__(self, folder: Path, first: int, analyzer: Analyzer, index: Path):
+        manifest = folders.load(folder, SHARD_KIND, VERSION)
+        if manifest is None:
+            raise InputError(f"the index's shard {folder} is gone; delete {index} and it is made again")
+        self.folder, self.first, self.documents = folder, first, manifest["documents"]
+        self.vocabulary = Vocabulary.load(folder, analyzer)
+        self.postings = np.asarray(np.memmap(folder / "postings.bin", np.uint8, "r"))
+        self.starts, self.sizes, self.lengths, self.df, self.most_counts = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("starts", "sizes", "lengths", "df", "most_counts")
+        )
+
+    def decode(
+        self, rows: np.ndarray, table: np.ndarray, saturations: Saturations, space: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """bounds, slots and places, as `add_up` wants them, of the documents at `rows` of the shard.
+
+        table: `_slot_table`. space: [slots, places, extra], kept from one call to the next, since memory that the
+        system gives anew costs more than what is written there.
+        """
+        size = int(self.sizes[rows].sum()) + 1
+        if not space or len(space[0]) < size:
+            space[:] = np.empty(2 * size, np.uint32), np.empty(2 * size, np.uint32), np.empty(2 * size, np.int64)
+        bounds = _decode_all(
+            rows, self.postings, self.starts, self.sizes, self.lengths, saturations.first, table, *space
+        )
+        return bounds, space[0], space[1]
 
 
 class BM25:
-    """An index opened. `rows` uint32[postings], `impacts` float32[postings]; those of term t begin at `starts[t]`."""
+    """An index opened, to be searched with one scoring."""
 
-    def __init__(self, folder: Path, manifest: dict, analyzer: Analyzer, threads: int):
-        self.folder, self.vocabulary = folder, Vocabulary.load(folder, analyzer)
-        self.seconds: float = manifest["seconds"]
-        self._num_documents, self._threads = manifest["documents"], threads
-        self._starts, self._rows, self._impacts = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "rows", "impacts")
-        )
+    def __init__(
+        self, folder: Path, manifest: dict, analyzer: Analyzer, scoring: Scoring, k1: float, b: float, threads: int
+    ):
+        self.folder, self.seconds = folder, manifest["seconds"]
+        self.shards: list[Shard] = []
+        for name in manifest["shards"]:
+            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer, folder))
+        self._scoring, self._threads = scoring, threads
+        self._saturations = self._make_saturations(manifest["words"], k1, b)
+        self._merged, self._all_idf = self._all_terms(analyzer) if scoring.of_all_terms else (None, None)
+
+    @property
+    def _num_documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
 
     def search(self, queries: list[list[str]], k: int) -> Hits:
-        """See `Hits`; k at least 1. Threads share the queries; the result does not depend on their number."""
-        terms, weights, bounds = self._as_numbers(queries)
-        hits = Hits(
-            np.full((len(queries), min(k, self._num_documents)), -1, np.int64),
-            np.zeros((len(queries), min(k, self._num_documents))),
-        )
-
-        def search_some(first: int) -> None:
-            job = slice(first, first + QUERIES_A_JOB)
-            _search(
-                terms, weights, bounds[first : first + QUERIES_A_JOB + 1], self._starts, self._rows, self._impacts,
-                np.zeros(self._num_documents), hits.rows[job], hits.scores[job],
-            )  # fmt: skip
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(search_some, range(0, len(queries), QUERIES_A_JOB)))
+        """See `Hits`; k at least 1. Threads share the documents; the result does not depend on their number."""
+        k = min(k, self._num_documents)
+        hits = Hits(np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k)))
+        step = int(np.clip(BEST_BYTES // (16 * k * self._threads), 1, QUERIES_A_PASS))
+        for first in range(0, len(queries), step):
+            self._search(queries[first : first + step], Hits(*(column[first : first + step] for column in hits)))
         return hits
 
     def explain(self, query: list[str], row: int) -> dict[str, float]:
         """What each term of the query adds to the score of one document; terms that it lacks are left out."""
-        terms, weights, _ = self._as_numbers([query])
-        adds = {}
-        for term, weight in zip(terms, weights, strict=True):
-            rows = self._rows[self._starts[term] : self._starts[term + 1]]
-            place = np.searchsorted(rows, row)
-            if place < len(rows) and rows[place] == row:
-                adds[self.vocabulary.term(term)] = float(weight * self._impacts[self._starts[term] + place])
-        return adds
+        batch, slots_of = make_batch([query], self._idf, self._saturations.most)
+        shard = next(shard for shard in self.shards if row < shard.first + shard.documents)
+        rows, table = np.array([row - shard.first]), _slot_table(shard, slots_of)
+        (_, size), slots, places = shard.decode(rows, table, self._saturations, [])
+        impacts = np.zeros(len(batch.idf))
+        impacts[slots[:size]] = (batch.idf[slots[:size]] * self._saturations.exact[places[:size]]).astype(np.float32)
+        terms = {slot: term for term, slot in slots_of.items()}
+        adds = batch.counts.astype(np.float64) * impacts[batch.slots]
+        return {terms[int(slot)]: float(add) for slot, add in zip(batch.slots, adds, strict=True) if add}
 
-    def _as_numbers(self, queries: list[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distinct known terms int32 of all queries, their counts float64, int64[Q + 1] bounds of the queries."""
-        counts = [dict.fromkeys(query, 0) for query in queries]
-        for query, count in zip(queries, counts, strict=True):
-            for term in query:
-                count[term] += 1
-        distinct = list({term: None for count in counts for term in count})
-        ids = dict(zip(distinct, self.vocabulary.ids(distinct).tolist(), strict=True))
-        known = [[(ids[term], times) for term, times in count.items() if ids[term] >= 0] for count in counts]
-        bounds = np.cumsum([0, *map(len, known)])
-        terms = np.array([term for query in known for term, _ in query], np.int32)
-        return terms, np.array([times for query in known for _, times in query], np.float64), bounds
+    def _search(self, queries: list[list[str]], hits: Hits, guess: bool = True) -> None:
+        """Fills `hits` for the queries of one pass."""
+        k = hits.rows.shape[1]
+        batch, slots_of = make_batch(queries, self._idf, self._saturations.most)
+        tables = [_slot_table(shard, slots_of) for shard in self.shards]
+        # Of K documents K / 16 are expected in the sample; four standard deviations more make a safe guess.
+        share = k / SAMPLED
+        rank = int(share + 4 * share**0.5) + 4
+        guess = guess and rank < k and self._num_documents > 4 * SAMPLED * DOCUMENTS_A_JOB
+        guesses = np.zeros(len(queries))
+        best = Best(*hits, np.zeros(len(queries), np.int64), nothing_yet(len(queries), 0).floors)
+        if guess:
+            sample = nothing_yet(len(queries), rank)
+            self._let_pass(batch, tables, sample, sampled=1)
+            guesses = np.where(sample.kept == rank, sample.scores[:, 0], 0)
+            best.floors[: len(queries)] = floors_at(batch, guesses)
+            merge(best, sample)
+        self._let_pass(batch, tables, best, sampled=0 if guess else -1)
+        put_in_order(best)
+        # What the sample had with just the guessed score it did not keep, so only scores above that are sure.
+        wrong = np.flatnonzero((guesses > 0) & (hits.scores[:, -1] <= guesses))
+        if len(wrong):
+            again = Hits(hits.rows[wrong], hits.scores[wrong])
+            for column, nothing in zip(again, (-1, 0), strict=True):
+                column[:] = nothing
+            self._search([queries[query] for query in wrong], again, guess=False)
+            hits.rows[wrong], hits.scores[wrong] = again
 
+    def _let_pass(self, batch: Batch, tables: list[np.ndarray], best: Best, sampled: int) -> None:
+        """Offers all documents to `best`, or those of the sample (1) or the others (0)."""
+        step = DOCUMENTS_A_JOB * (SAMPLED if sampled == 1 else 1)
+        jobs = deque(
+            (shard, table, first)
+            for shard, table in zip(self.shards, tables, strict=True)
+            for first in range(0, shard.documents, step)
+        )
 
-@njit(cache=True, nogil=True)
-def _search(terms, weights, bounds, starts, rows, impacts, sums, hit_rows, hit_scores):
-    """Fills hit_rows and hit_scores [queries, k]; sums: one zero a document, and zeros again afterwards."""
-    for query in range(len(bounds) - 1):
-        for i in range(bounds[query], bounds[query + 1]):
-            weight = weights[i]
-            for p in range(starts[terms[i]], starts[terms[i] + 1]):
-                sums[rows[p]] += weight * impacts[p]
-        _keep_best(sums, hit_rows[query], hit_scores[query])
+        def work(mine: Best) -> None:
+            space, decoded = working_space(batch), []
+            while jobs:
+                try:
+                    shard, table, first = jobs.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                rows = np.arange(first, min(first + step, shard.documents))
+                if sampled >= 0:
+                    rows = rows[(rows % SAMPLED == 0) == sampled]
+                bounds, slots, places = shard.decode(rows, table, self._saturations, decoded)
+                add_up(rows + shard.first, bounds, slots, places, self._saturations, batch, mine, space)
 
+        others = [nothing_yet(*best.rows.shape) for _ in range(self._threads - 1)]
+        for other in others:
+            other.floors[:] = best.floors
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(work, [best, *others]))
+        for other in others:
+            merge(best, other)
 
-@njit(cache=True, nogil=True)
-def _keep_best(sums, best_rows, best_scores):
-    """The best by (score, then the smaller row), in order; a heap whose root is the worst of them. Clears `sums`."""
-    kept = 0
-    floor = 0.0  # rows come in ascending order: one that only equals the worst kept score loses the tie
-    for row in range(len(sums)):
-        score = sums[row]
-        if score <= floor:
-            continue
-        if kept < len(best_rows):
-            best_rows[kept], best_scores[kept] = row, score
-            kept += 1
-            if kept == len(best_rows):
-                for root in range(kept // 2 - 1, -1, -1):
-                    _sift(best_rows, best_scores, root, kept)
-                floor = best_scores[0]
-        else:
-            best_rows[0], best_scores[0] = row, score
-            _sift(best_rows, best_scores, 0, kept)
-            floor = best_scores[0]
-    sums[:] = 0
-    if kept < len(best_rows):
-        for root in range(kept // 2 - 1, -1, -1):
-            _sift(best_rows, best_scores, root, kept)
-    for last in range(kept - 1, 0, -1):  # heap sort: the worst goes last
-        best_rows[0], best_rows[last] = best_rows[last], best_rows[0]
-        best_scores[0], best_scores[last] = best_scores[last], best_scores[0]
-        _sift(best_rows, best_scores, 0, last)
+    def _idf(self, terms: list[str]) -> np.ndarray:
+        """float64[terms], NaN for those that the corpus lacks."""
+        idf = np.full(len(terms), np.nan)
+        if self._scoring.of_all_terms:
+            ids = self._merged.ids(terms)
+            idf[ids >= 0] = self._all_idf[ids[ids >= 0]]
+            return idf
+        df = np.zeros(len(terms), np.int64)
+        for shard in self.shards:
+            ids = shard.vocabulary.ids(terms)
+            df[ids >= 0] += shard.df[ids[ids >= 0]]
+        idf[df > 0] = self._scoring.idf(df[df > 0], self._num_documents)
+        return idf
 
+    def _all_terms(self, analyzer: Analyzer) -> tuple[Vocabulary, np.ndarray]:
+        """One vocabulary for all shards, numbered by first occurrence, and each term's idf."""
+        if len(self.shards) == 1:
+            return self.shards[0].vocabulary, self._scoring.idf(self.shards[0].df.astype(np.int64), self._num_documents)
+        merged, df = Vocabulary(analyzer), np.zeros(0, np.int64)
+        for shard in self.shards:
+            ids = merged.merge(shard.vocabulary)
+            df = np.concatenate([df, np.zeros(len(merged) - len(df), np.int64)])
+            df[ids] += shard.df
+        return merged, self._scoring.idf(df, self._num_documents)
 
-@njit(cache=True, nogil=True)
-def _sift(rows, scores, root, size):
-    """Moves the root of a heap down to where both below it are better: higher score, or the same and a smaller row."""
-    row, score = rows[root], scores[root]
-    while 2 * root + 1 < size:
-        child = 2 * root + 1
-        other = child + 1
-        if other < size and (
-            scores[other] < scores[child] or (scores[other] == scores[child] and rows[other] > rows[child])
-        ):
-            child = other
-        if score < scores[child] or (score == scores[child] and row > rows[child]):
-            break
-        rows[root], scores[root] = rows[child], scores[child]
-        root = child
-    rows[root], scores[root] = row, score
-
-
-# Building: one pass over the text writes (term, count) pairs to a file, document by document; a second one over that
-# file puts them, scored, where their terms are. Memory holds the vocabulary and one chunk.
-
-
-def _write(
-    folder: Path, corpus: Corpus, analyzer: Analyzer, scoring: str, k1: float, b: float, progress: Progress | None
-) -> dict:
-    vocabulary = Vocabulary(analyzer)
-    pairs = folder / "pairs.tmp"
-    lengths = np.zeros(len(corpus), np.int64)  # terms of each document
-    distinct = np.zeros(len(corpus), np.int64)  # distinct ones
-    df = np.zeros(0, np.int64)
-    with pairs.open("wb") as file:
-        for first in range(0, len(corpus), CHUNK_DOCUMENTS):
-            chunk = range(first, min(first + CHUNK_DOCUMENTS, len(corpus)))
-            ids, ends = vocabulary.encode(corpus.encoded(row) for row in chunk)
-            lengths[chunk.start : chunk.stop] = np.diff(ends)
-            df = np.concatenate([df, np.zeros(len(vocabulary) - len(df), np.int64)])
-            found = np.empty((len(ids), 2), np.int32)
-            size = _count(ids, ends, df, distinct[chunk.start : chunk.stop], found)
-            found[:size].tofile(file)
-            if progress:
-                progress(chunk.stop, len(corpus), "indexing")
-    vocabulary.save(folder)
-    starts = np.concatenate([[0], np.cumsum(df)])
-    np.save(folder / "starts.npy", starts)
-    num_postings = int(starts[-1])
-    rows = _new_array(folder / "rows.npy", np.uint32, num_postings)
-    impacts = _new_array(folder / "impacts.npy", np.float32, num_postings)
-    idf = SCORINGS[scoring].idf(df, len(corpus))
-    relative_lengths = lengths / max(lengths.mean(), 1e-9)
-    places = starts[:-1].copy()
-    for documents, terms, counts in _read_pairs(pairs, distinct):
-        weights = SCORINGS[scoring].saturation(counts, relative_lengths[documents], k1, b)
-        _place(documents, terms, (idf[terms] * weights).astype(np.float32), places, rows, impacts)
-    rows.flush()
-    impacts.flush()
-    pairs.unlink()
-    return {
-        "documents": len(corpus), "terms": len(vocabulary), "postings": num_postings, "words": int(lengths.sum()),
-        "corpus": corpus.fingerprint, "analyzer": analyzer.name, "scoring": scoring, "k1": k1, "b": b,
-    }  # fmt: skip
+    def _make_saturations(self, words: int, k1: float, b: float) -> Saturations:
+        """Of all lengths and counts that occur in any shard."""
+        pairs = np.concatenate([shard.most_counts for shard in self.shards])
+        lengths, which = np.unique(pairs[:, 0], return_inverse=True)
+        most = np.zeros(len(lengths), np.int64)
+        np.maximum.at(most, which, pairs[:, 1])
+        average = max(words / self._num_documents, 1e-9)
+        return make_saturations(lengths.astype(np.int64), most, average, self._scoring.saturation, k1, b)
 
 
-def _read_pairs(path: Path, distinct: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(document, term, count) of all postings in the order of the documents, some whole documents at a time."""
-    ends = np.cumsum(distinct)
-    first = 0
-    with path.open("rb") as file:
-        while first < len(distinct):
-            done = ends[first - 1] if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, done + CHUNK_POSTINGS)))
-            pairs = np.fromfile(file, np.int32, 2 * int(ends[last - 1] - done)).reshape(-1, 2)
-            yield np.repeat(np.arange(first, last, dtype=np.uint32), distinct[first:last]), pairs[:, 0], pairs[:, 1]
-            first = last
+def _slot_table(shard: Shard, slots_of: dict[str, int]) -> np.ndarray:
+    """int32[terms of the shard]: the batch's slot of each, -1 for those that no query holds."""
+    table = np.full(len(shard.vocabulary), -1, np.int32)
+    ids = shard.vocabulary.ids(list(slots_of))
+    slots = np.fromiter(slots_of.values(), np.int32, len(slots_of))
+    table[ids[ids >= 0]] = slots[ids >= 0]
+    return table
 
 
-def _new_array(path: Path, kind: type, size: int) -> np.ndarray:
-    """A mapped .npy file whose space is taken beforehand: a full disk is an error here and not a crash later."""
-    array = np.lib.format.open_memmap(path, "w+", kind, (size,))
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+# Postings of a document, n terms with ascending ids: 2 bits for each that say how many bytes its value has (1 to 4), in
+# whole bytes; the values, lowest byte first; then counts. A value is 4 * (id - the last id - 1) + min(count, 4) - 1. A
+# count of 4 or more is also in 7 bits a byte, lowest first, all but the last with the highest bit set, less 4.
 
 
 @njit(cache=True, nogil=True)
-def _count(ids, ends, df, distinct, found):
-    """Fills `found` with each document's (term, count) pairs, adds to df, fills distinct; returns how many pairs."""
-    size = 0
-    seen_in = np.full(len(df), -1, np.int32)
-    place = np.empty(len(df), np.int32)
-    for document in range(len(ends) - 1):
-        before = size
-        for i in range(ends[document], ends[document + 1]):
-            term = ids[i]
-            if seen_in[term] != document:
-                seen_in[term] = document
-                place[term] = size
-                found[size, 0], found[size, 1] = term, 0
-                df[term] += 1
-                size += 1
-            found[place[term], 1] += 1
-        distinct[document] = size - before
+def _decode_all(rows, postings, starts, sizes, lengths, firsts, table, slots, places, extra):
+    """Fills slots and places for documents; returns their bounds int64[documents + 1]."""
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    for i in range(len(rows)):
+        bounds[i + 1] = _decode(
+            rows[i], postings, starts, sizes, lengths, firsts, table, slots, places, bounds[i], extra
+        )
+    return bounds
+
+
+@njit(cache=True, nogil=True)
+def _decode(document, postings, starts, sizes, lengths, firsts, table, slots, places, size, extra):
+    """Appends the slots of a document's terms and the places of their saturations; returns the new size."""
+    address = np.int64(postings.ctypes.data)
+    controls, num_terms = np.int64(starts[document]), np.int64(sizes[document])
+    at = controls + (num_terms + 3) // 4
+    first = firsts[lengths[document]] + 1
+    term, num_extra = np.int64(-1), 0
+    last = len(slots) - 1  # takes what is not wanted
+    for i in range(num_terms):
+        bytes_less_1 = (np.int64(postings[np.uint64(controls + (i >> 2))]) >> (2 * (i & 3))) & 3
+        value = np.int64(word_at(address + at)) & (0xFFFFFFFF >> (24 - 8 * bytes_less_1))
+        at += bytes_less_1 + 1
+        term += (value >> 2) + 1
+        slot = table[np.uint64(term)]
+        slots[np.uint64(size)], places[np.uint64(size)] = slot, first + (value & 3)
+        extra[np.uint64(num_extra)] = size if slot >= 0 else last
+        num_extra += (value & 3) == 3
+        size += slot >= 0
+    for i in range(num_extra):
+        shift, more = 0, 0
+        while True:
+            more |= np.int64(postings[at] & 127) << shift
+            shift += 7
+            at += 1
+            if postings[at - 1] < 128:
+                break
+        places[extra[i]] += more
     return size
 
 
 @njit(cache=True, nogil=True)
-def _place(documents, terms, weights, places, rows, impacts):
-    for i in range(len(terms)):
-        place = places[terms[i]]
-        rows[place], impacts[place] = documents[i], weights[i]
-        places[terms[i]] = place + 1
+def _encode(ids, ends, df, sizes, most_counts, coded):
+    """Codes documents whose terms are ids[ends[d]:ends[d + 1]]; returns how many bytes of `coded` they take.
+
+    Adds to df; fills sizes (distinct terms) and most_counts (the largest count) of each document, and `starts`.
+    """
+    seen_in, place = np.full(len(df), -1, np.int32), np.empty(len(df), np.int64)
+    pairs = np.empty(0, np.int64)
+    starts = np.empty(len(ends), np.int64)
+    at = 0
+    for document in range(len(ends) - 1):
+        starts[document] = at
+        if ends[document + 1] - ends[document] > len(pairs):
+            pairs = np.empty(2 * (ends[document + 1] - ends[document]), np.int64)
+        size = 0
+        for i in range(ends[document], ends[document + 1]):
+            term = ids[i]
+            if seen_in[term] != document:
+                seen_in[term], place[term] = document, size
+                pairs[size] = np.int64(term) << 32
+                df[term] += 1
+                size += 1
+            pairs[place[term]] += 1
+        sizes[document] = size
+        held = pairs[:size]
+        held.sort()
+        controls, before, most = at, -1, 0
+        at += (size + 3) // 4
+        coded[controls:at] = 0
+        for i in range(size):
+            term, count = held[i] >> 32, held[i] & 0xFFFFFFFF
+            most = max(most, count)
+            value = 4 * (term - before - 1) + min(count, 4) - 1
+            before = term
+            bytes_less_1 = 0
+            coded[at] = value & 255
+            at += 1
+            while value > 255:
+                value >>= 8
+                coded[at] = value & 255
+                at += 1
+                bytes_less_1 += 1
+            coded[controls + (i >> 2)] |= bytes_less_1 << (2 * (i & 3))
+        for i in range(size):
+            more = (held[i] & 0xFFFFFFFF) - 4
+            if more >= 0:
+                while more > 127:
+                    coded[at] = more & 127 | 128
+                    more >>= 7
+                    at += 1
+                coded[at] = more
+                at += 1
+        most_counts[document] = most
+    starts[len(ends) - 1] = at
+    return starts
+
+
+# Building
+
+
+def _write(
+    corpus: Corpus, analyzer: Analyzer, folder: Path, shard_bytes: int, threads: int, progress: Progress | None
+) -> dict:
+    """Builds the shards that are not there; returns the index's manifest."""
+    cuts = np.searchsorted(corpus.offsets, np.arange(0, int(corpus.offsets[-1]), shard_bytes))
+    bounds = np.unique([*cuts, len(corpus)]).tolist()
+    done, lock = 0, Lock()
+
+    def step(documents: int) -> None:
+        nonlocal done
+        with lock:
+            done += documents
+            if progress:
+                progress(done, len(corpus), "indexing")
+
+    def build(rows: tuple[int, int]) -> tuple[str, dict]:
+        name = _shard_name(corpus, rows, analyzer)
+        write = partial(_write_shard, corpus, rows, analyzer, step)
+        return name, folders.ensure(folder / name, SHARD_KIND, VERSION, write)
+
+    with ThreadPoolExecutor(threads) as pool:
+        shards = list(pool.map(build, pairwise(bounds)))
+    totals = {name: sum(shard[name] for _, shard in shards) for name in ("documents", "postings", "words")}
+    return totals | {
+        "corpus": corpus.fingerprint, "analyzer": analyzer.name, "shards": [name for name, _ in shards],
+        "bytes": sum(sum(shard["files"].values()) for _, shard in shards),
+    }  # fmt: skip
+
+
+def _shard_name(corpus: Corpus, rows: tuple[int, int], analyzer: Analyzer) -> str:
+    """Named by all that is in it: the same documents are the same shard, in whatever corpus they are."""
+    offsets = corpus.offsets[rows[0] : rows[1] + 1]
+    digest = hashlib.sha256((offsets - offsets[0]).tobytes())
+    digest.update(np.asarray(corpus.letters[offsets[0] : offsets[-1]]))
+    return folders.key(text=digest.hexdigest(), analyzer=analyzer.hash, version=VERSION)
+
+
+def _write_shard(
+    corpus: Corpus, rows: tuple[int, int], analyzer: Analyzer, step: Callable[[int], None], folder: Path
+) -> dict:
+    num_documents = rows[1] - rows[0]
+    vocabulary, df = Vocabulary(analyzer), np.zeros(0, np.int64)
+    starts, lengths, sizes, most_counts = (np.zeros(num_documents + 1, np.int64) for _ in range(4))
+    with (folder / "postings.bin").open("wb") as file:
+        for first in range(0, num_documents, CHUNK_DOCUMENTS):
+            last = min(first + CHUNK_DOCUMENTS, num_documents)
+            ids, ends = vocabulary.encode(corpus.encoded(rows[0] + row) for row in range(first, last))
+            df = np.concatenate([df, np.zeros(len(vocabulary) - len(df), np.int64)])
+            coded = np.empty(6 * len(ids) + len(ends), np.uint8)
+            places = _encode(ids, ends, df, sizes[first:last], most_counts[first:last], coded)
+            coded[: places[-1]].tofile(file)
+            starts[first + 1 : last + 1] = starts[first] + places[1:]
+            lengths[first:last] = np.diff(ends)
+            step(last - first)
+        np.zeros(4, np.uint8).tofile(file)  # values are read four bytes at a time
+    lengths, sizes, most_counts = lengths[:-1], sizes[:-1], most_counts[:-1]
+    distinct, which = np.unique(lengths, return_inverse=True)
+    most = np.zeros(len(distinct), np.int64)
+    np.maximum.at(most, which, most_counts)
+    vocabulary.save(folder)
+    arrays = {"starts": starts, "sizes": sizes, "lengths": lengths, "df": df, "most_counts": np.c_[distinct, most]}
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values.astype(np.uint32))
+    return {
+        "documents": num_documents, "terms": len(vocabulary), "postings": int(sizes.sum()), "words": int(lengths.sum())
+    }  # fmt: skip

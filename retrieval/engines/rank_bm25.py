@@ -14,7 +14,7 @@ from rank_bm25 import BM25Okapi
 
 from retrieval.analyze import Analyzer
 from retrieval.corpus import Corpus, Progress
-from retrieval.engines import Hits
+from retrieval.engines import MEMORY, Hits
 from retrieval.scoring import SCORINGS, saturation_okapi
 from tasks.errors import InputError
 
@@ -28,6 +28,7 @@ def open_engine(
     folder: Path,
     threads: int = 0,
     progress: Progress | None = None,
+    memory: int = MEMORY,
 ) -> "RankBM25":
     """Reads the whole corpus into memory; keeps nothing in `folder` and uses one thread."""
     if scoring not in ("okapi", "lucene", "robertson", "atire"):

@@ -14,6 +14,7 @@ from retrieval.engines import ENGINES
 from retrieval.scoring import SCORINGS
 from tasks.errors import InputError
 
+EXACT = ("bm25", "scan", "rank_bm25")
 ENGLISH, WORDS = ANALYZERS["english"], ANALYZERS["words"]
 # Words in all documents, in few, beyond ASCII, and stop words; few enough that ties are everywhere.
 DOCUMENT = st.lists(st.sampled_from(["all", "x", "y", "z", "é", "東", "the"]), max_size=6).map(
@@ -94,7 +95,7 @@ def test_number_of_threads_changes_nothing(manual, tmp_path):
     assert np.array_equal(one.scores, three.scores)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EXACT)
 def test_explanation_adds_up_to_the_score(name, manual, tmp_path):
     query = [*ENGLISH.terms(manual[40].text), "class", "class", "unknownword"]
     engine = ENGINES[name](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
@@ -105,10 +106,10 @@ def test_explanation_adds_up_to_the_score(name, manual, tmp_path):
         assert sum(explained.values()) == pytest.approx(score, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EXACT)
 def test_more_hits_than_documents_unknown_terms_and_no_query(name, tmp_path):
     corpus = store(["alpha beta", "alpha", "gamma", "delta", "epsilon"], tmp_path / "store")
-    engine = ENGINES[name](corpus, WORDS, "okapi", 1.2, 0.75, tmp_path, 1)
+    engine = ENGINES[name](corpus, WORDS, "atire", 1.2, 0.75, tmp_path, 1)
     rows, scores = engine.search([["alpha"], ["unknown"], []], 100)
     assert rows.tolist() == [[1, 0, -1, -1, -1], [-1] * 5, [-1] * 5]
     assert (scores[0, :2] > 0).all()
@@ -135,38 +136,77 @@ def test_very_long_query_counts_repeats(manual, tmp_path):
     assert found != as_pairs(engine.search([list(dict.fromkeys(query))], 50))
 
 
-def test_index_is_kept_and_made_anew_when_anything_changes(manual, tmp_path):
-    def folders() -> set[Path]:
-        return set(tmp_path.iterdir())
-
+def test_index_is_kept_and_serves_every_scoring(manual, tmp_path):
     open_engine = ENGINES["bm25"]
     first = open_engine(manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
-    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    assert open_engine(manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 2).folder == first.folder
-    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
-    others = [(WORDS, "lucene", 1.2, 0.75), (ENGLISH, "okapi", 1.2, 0.75), (ENGLISH, "lucene", 1.3, 0.75)]
-    for number, other in enumerate([*others, (ENGLISH, "lucene", 1.2, 0.7)], 2):
-        open_engine(manual, *other, tmp_path, 1)
-        assert len(folders()) == number
-    assert not [path for path in folders() if path.name.startswith(".")]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for scoring, k1, b in (("lucene", 1.2, 0.75), ("okapi", 1.2, 0.75), ("lucene", 0.3, 0.7)):
+        assert open_engine(manual, ENGLISH, scoring, k1, b, tmp_path, 2).folder == first.folder
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert open_engine(manual, WORDS, "lucene", 1.2, 0.75, tmp_path, 1).folder != first.folder
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("file", ["rows.npy", "impacts.npy", "starts.npy", "term_letters.npy"])
+@pytest.mark.parametrize("scoring", ["lucene", "okapi"])
+def test_how_a_corpus_is_cut_changes_nothing(scoring, manual, tmp_path):
+    queries = [ENGLISH.terms(text) for text in texts_of(manual)[::40]]
+    found = []
+    for memory in (1 << 30, 1 << 20):
+        engine = ENGINES["bm25"](manual, ENGLISH, scoring, 1.2, 0.75, tmp_path / str(memory), 2, memory=memory)
+        found.append((len(engine.shards), engine.search(queries, 30), engine.explain(queries[0], len(manual) - 9)))
+    (one, whole, explained), (many, cut, explained_cut) = found
+    assert one == 1
+    assert many > 5
+    assert np.array_equal(whole.rows, cut.rows)
+    assert np.array_equal(whole.scores, cut.scores)
+    assert explained == explained_cut
+
+
+def test_more_documents_reuse_the_shards_that_are_there(real_text, tmp_path):
+    half, whole = store(real_text[: len(real_text) * 2 // 3], tmp_path / "half"), store(real_text, tmp_path / "whole")
+    memory = 1 << 20
+    ENGINES["bm25"](half, ENGLISH, "lucene", 1.2, 0.75, tmp_path / "index", 1, memory=memory)
+    before = {path.name for path in (tmp_path / "index").iterdir()}
+    engine = ENGINES["bm25"](whole, ENGLISH, "lucene", 1.2, 0.75, tmp_path / "index", 1, memory=memory)
+    again = [shard.folder.name in before for shard in engine.shards]
+    assert again.count(True) >= len(before) - 2 > 1  # all but the index's manifest and the last, shorter shard
+    queries = [ENGLISH.terms(text) for text in real_text[::100]]
+    assert as_pairs(engine.search(queries, 9)) == slow_search(texts_of(whole), ENGLISH, "lucene", 1.2, 0.75, queries, 9)
+
+
+def test_a_guess_from_a_sample_that_misleads_changes_nothing(tmp_path):
+    """Every 16th document, which the sample takes, is far better than all others."""
+    texts = [f"alpha alpha alpha n{i}" if i % 16 == 0 else f"alpha beta{i % 7} gamma n{i}" for i in range(40_000)]
+    corpus = store(texts, tmp_path / "store")
+    queries = [["alpha"], ["alpha", "gamma", "beta3"], ["n5"], ["gamma"]]
+    for k in (100, 4000):
+        engine = ENGINES["bm25"](corpus, WORDS, "lucene", 1.2, 0.75, tmp_path / "index", 2)
+        assert as_pairs(engine.search(queries, k)) == slow_search(texts, WORDS, "lucene", 1.2, 0.75, queries, k)
+
+
+@pytest.mark.parametrize("file", ["postings.bin", "starts.npy", "df.npy", "term_letters.npy"])
 def test_truncated_index_is_an_error_that_says_what_to_do(file, manual, tmp_path):
-    folder = ENGINES["bm25"](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1).folder
+    folder = ENGINES["bm25"](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1).shards[0].folder
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=rf"{file} has \d+ bytes instead of \d+; delete .* and it is made again"):
         ENGINES["bm25"](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
 
 
-def test_index_without_manifest_is_built_again(manual, tmp_path):
-    folder = ENGINES["bm25"](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1).folder
-    rows = (folder / "rows.npy").read_bytes()
+def test_a_shard_without_manifest_is_named_and_built_again_alone(manual, tmp_path):
+    arguments = (manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
+    engine = ENGINES["bm25"](*arguments, memory=1 << 20)
+    folder = engine.shards[2].folder
+    postings = (folder / "postings.bin").read_bytes()
     (folder / "manifest.json").unlink()
-    (folder / "rows.npy").write_bytes(b"half")
-    ENGINES["bm25"](manual, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
-    assert (folder / "rows.npy").read_bytes() == rows
+    (folder / "postings.bin").write_bytes(b"half")
+    with pytest.raises(InputError, match=rf"shard .*{folder.name} is gone; delete .*{engine.folder.name}"):
+        ENGINES["bm25"](*arguments, memory=1 << 20)
+    (engine.folder / "manifest.json").unlink()
+    times = {shard.folder: shard.folder.stat().st_mtime_ns for shard in engine.shards if shard.folder != folder}
+    ENGINES["bm25"](*arguments, memory=1 << 20)
+    assert (folder / "postings.bin").read_bytes() == postings
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 @pytest.mark.parametrize(("k1", "b"), [(-0.1, 0.75), (1.2, -0.1), (1.2, 1.1)])

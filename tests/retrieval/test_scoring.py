@@ -19,7 +19,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", SCORINGS)
 def test_equals_the_formula_by_hand(name):
-    idf, saturation = SCORINGS[name]
+    idf, saturation, _ = SCORINGS[name]
     score = idf(np.array([DF]), N)[0] * saturation(np.array([TF]), np.array([LENGTH]), K1, B)[0]
     assert isclose(score, BY_HAND[name], rel_tol=1e-12)
 

@@ -56,9 +56,11 @@ def test_matmul_speed_restores_the_threads():
 
 
 def test_engines_are_tried(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLM_OPENSEARCH", "http://127.0.0.1:1")
     checks = by_name(doctor.retrieval_engines(tmp_path))
-    assert {"bm25", "rank_bm25"} <= set(checks)
-    assert all(check.state == "ok" for check in checks.values())
+    assert [checks[name].state for name in ("bm25", "scan", "rank_bm25")] == ["ok"] * 3
+    assert checks["opensearch"].state == "absent"  # no server listens there
+    assert "set TLM_OPENSEARCH" in checks["opensearch"].value
 
     from retrieval import engines
 

@@ -2,5 +2,6 @@
 
 BENCHES = {
     "train": "training steps beside those of transformers and its Trainer, where their time goes, how they grow",
+    "retrieval": "BM25 engines side by side: queries, indexing, memory, growth",
     "resume": "runs that are killed at random instants, against one that was not",
 }

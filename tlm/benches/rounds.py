@@ -38,9 +38,15 @@ class Record:
 
 
 def contest(
-    title: str, contestants: dict[str, Contestant], seconds: float, threads: int, preload: list[str], progress: Progress
+    title: str,
+    contestants: dict[str, Contestant],
+    seconds: float,
+    threads: int,
+    preload: list[str],
+    progress: Progress,
+    least_rounds: int = LEAST_ROUNDS,
 ) -> dict[str, Record]:
-    """Rounds for about `seconds`, at least LEAST_ROUNDS.
+    """Rounds for about `seconds`, at least `least_rounds`.
 
     `preload` names modules that the server imports, which only saves time. Raises InputError if a process is killed.
     """
@@ -63,7 +69,7 @@ def contest(
         for name in names:
             ask(name, enter, contestants[name], threads)
         start = time.perf_counter()
-        while done < LEAST_ROUNDS or time.perf_counter() - start < seconds:
+        while done < least_rounds or time.perf_counter() - start < seconds:
             for name in names:
                 records[name].turns.append(ask(name, turn))
             names.append(names.pop(0))
@@ -154,6 +160,9 @@ def distinct(rows: list[dict], key: str) -> list[str]:
 
 
 SHOWN: dict[str, Callable[[float], str]] = {
+    "queries/s": lambda v: f"{v:,.0f}/s",
+    "documents/s": lambda v: f"{v:,.0f}/s",
+    "MB/s": lambda v: f"{v:,.1f} MB/s",
     "tokens/s": lambda v: f"{v:,.0f}/s",
     "x": lambda v: f"{v:.2f} x",
     "share": lambda v: f"{v:.0%}",

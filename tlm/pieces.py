@@ -61,8 +61,8 @@ def check_layout(engine, shapes: list[dict], folder: Path, count: int, world: Wo
 
 def refusal(folder: Path, count: int, world: World, reason: str) -> str:
     return (
-        f"{folder}: {count} processes hold pieces of the optimizer that {world.size} cannot take over ({reason}); "
-        f"go on with {count} processes"
+        f"{folder}: the optimizer's {count} pieces cannot be cut for {world.size} process(es) ({reason}); go on with as "
+        f"many as wrote them: {count}"
     )
 
 
@@ -104,7 +104,7 @@ def cut_moments(states: list[dict], one: Callable[[list[torch.Tensor], int], tor
     """torch's state_dict of an optimizer whose every group is one flat tensor. Single numbers are the same in all."""
     moments = {
         group: {
-            name: one([state["state"][group][name] for state in states], group) if is_piece(value) else value
+            name: one([state["state"][group][name] for state in states], group) if is_cut(value) else value
             for name, value in values.items()
         }
         for group, values in states[0]["state"].items()
@@ -112,7 +112,10 @@ def cut_moments(states: list[dict], one: Callable[[list[torch.Tensor], int], tor
     return states[0] | {"state": moments}
 
 
-def is_piece(value) -> bool:
+def is_cut(value) -> bool:
+    """Whether a value of an optimizer's state is a piece. Raises ValueError for moments in 8 bits."""
+    if isinstance(value, dict):
+        raise ValueError("8-bit moments are scaled in blocks, which cannot be cut")
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
@@ -123,7 +126,7 @@ def cut(pieces: list[torch.Tensor], totals: list[int], old: list[int], new: list
     for total, start, width, length in zip(totals, accumulate(old, initial=0), old, new, strict=False):
         run = torch.cat([piece[start : start + width] for piece in pieces])[:total]
         if len(run) != total:
-            raise ValueError(f"{len(run):,} numbers where {total:,} were expected, as 8-bit moments have")
+            raise ValueError(f"{len(run):,} numbers where {total:,} were expected")
         mine = run[rank * length : (rank + 1) * length]
         result.append(torch.nn.functional.pad(mine, (0, length - len(mine))))
     return torch.cat(result)

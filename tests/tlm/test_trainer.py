@@ -510,6 +510,8 @@ def test_zero_gives_the_losses_and_norms_of_plain_training(stage, device, plain,
     [
         (["deepspeed.zero_optimization.stage=1"], "Muon"),
         (["optimizer=adamw", "deepspeed.zero_optimization.stage=7"], "DeepSpeed refuses"),
+        (["optimizer=adamw", "deepspeed.zero_optimization.stage=3", "finetune.average=ema"], "finetune.average=none"),
+        (["deepspeed.optimizer.type=OneBitAdam"], "OneBitAdam"),
         (["data.text_column=body"], "body"),
         (["corpus=absent-corpus"], "absent-corpus"),
     ],

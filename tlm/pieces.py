@@ -61,8 +61,8 @@ def check_layout(engine, shapes: list[dict], folder: Path, count: int, world: Wo
 
 def refusal(folder: Path, count: int, world: World, reason: str) -> str:
     return (
-        f"{folder}: the optimizer's {count} pieces cannot be cut for {world.size} process(es) ({reason}); go on with as "
-        f"many as wrote them: {count}"
+        f"{folder}: the optimizer's {count} pieces cannot be cut for {world.size} process(es) ({reason}); go on with "
+        f"as many as wrote them: {count}"
     )
 
 

@@ -51,6 +51,7 @@ FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "join
 TFIDF = "tfidf"  # the rival's runs lie in a folder of this name
 EVALUATIONS = 5  # on dev, a stage
 HELD_OUT_PASSAGES = 200
+PROGRAM = [sys.executable, "-m", "tlm", "train"]
 STARTS = 5  # of a run that is killed again and again
 POLL_SECONDS = 1
 LEAST_SEEDS, LARGEST_P = 3, 0.05  # of a record
@@ -117,8 +118,10 @@ def check(config: RecipeConfig) -> list[str]:
     names = config.tasks or list(FINAL if config.final else YARDSTICK)
     if closed := next((name for name in names if name in HELD_OUT and not config.final), None):
         raise InputError(f"tasks=[{closed}]: held out, not to be tuned on; leave it until the end (final=true)")
-    if config.name in (TFIDF, f"{TFIDF}-final") or Path(config.name).name != config.name:
-        raise InputError(f"name={config.name}: cannot name a recipe, whose runs lie in a folder of its name")
+    if config.name in (TFIDF, f"{TFIDF}-final"):
+        raise InputError(f"name={config.name}: is the rival's; choose another")
+    if path := next((name for name in (config.name, *names) if Path(name).name != name), None):
+        raise InputError(f"{path}: must be a plain name, as folders are called by it")
     for setting in config.recipe:
         key, equals, _ = setting.partition("=")
         task, colon, key = key.rpartition(":")
@@ -153,7 +156,7 @@ def recipe_runs(config: RecipeConfig, name: str, folder: Path) -> tuple[Task, li
     train = validate(load(TrainConfig, given))
     task = open_task(train.task, train.data)
     steps = steps_within(config.budget, config.finetune_share, train, task)
-    every = [f"{stage}.eval_every={max(1, number // EVALUATIONS)}" for stage, number in steps.items()]
+    every = [f"{stage}.eval_every={max(1, -(-number // EVALUATIONS))}" for stage, number in steps.items()]
     given = [*every, *given, *(f"{stage}.steps={number}" for stage, number in steps.items())]
     runs = []
     for seed in range(config.seeds):
@@ -192,7 +195,7 @@ def steps_within(budget: float, finetune_share: float, train: TrainConfig, task:
 
 
 def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
-    """Makes all that are not finished. Raises InputError if one fails, or Stopped; the others then write checkpoints."""
+    """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints."""
     waiting, starts, active = deque(run for run in runs if not run.finished), Counter(), {}
     begun, done_before = time.perf_counter(), share_done(runs)
     with progress.phase("runs", len(runs)), StopSignals() as signals:
@@ -213,10 +216,12 @@ def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
                     run = active.pop(process)
                     if again(run, process.returncode, starts[run.folder]):
                         waiting.append(run)
-                done = share_done(runs) - done_before
-                left = (time.perf_counter() - begun) * (1 - done_before - done) / done if done else 0
-                names = " ".join(run.folder.name for run in active.values())
-                progress.update(sum(r.finished for r in runs), len(runs), f"{left / 60:.0f} minutes left: {names}")
+                done = share_done(runs)
+                note = " ".join(run.folder.name for run in active.values())
+                if done > done_before:
+                    left = (time.perf_counter() - begun) * (1 - done) / (done - done_before)
+                    note = f"about {left / 60:.0f} minutes left: {note}"
+                progress.update(sum(run.finished for run in runs), len(runs), note)
         finally:
             for process in active:
                 process.terminate()
@@ -238,7 +243,7 @@ def start(run: Planned) -> subprocess.Popen | None:
         except BlockingIOError:
             return None
         return subprocess.Popen(
-            [sys.executable, "-m", "tlm", "train", *run.settings],
+            [*PROGRAM, *run.settings],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -370,8 +375,8 @@ def show(summary: dict) -> None:
     results, compared, split = summary["runs"], summary["compared"], summary["split"]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("task", no_wrap=True, vertical="bottom")
-    for title in ("TF-IDF", split, "score", "change", "FLOPs", "seconds", "tokens\nto TF-IDF", "FLOPs\nto TF-IDF",
-                  "seconds\nto TF-IDF", "held-out\nMLM"):  # fmt: skip
+    of_rival = [f"{what}\nto TF-IDF" for what in ("tokens", "FLOPs", "seconds", "seeds")]
+    for title in ("TF-IDF", split, "score", "change", "FLOPs", "seconds", *of_rival, "held-out\nMLM loss"):
         table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
     for task in dict.fromkeys(r["task"] for r in results):
         rows = [r for r in results if r["task"] == task]
@@ -380,6 +385,7 @@ def show(summary: dict) -> None:
     table.add_row("mean", percent(fmean(r["tfidf"] for r in results)),
                   *cells(results, split, compared and compared["difference"]))  # fmt: skip
     console = Console()
+    console.width = max(console.width, 110)
     console.print(table)
     end = "no record of this budget yet"
     if compared:
@@ -391,7 +397,6 @@ def show(summary: dict) -> None:
 def cells(rows: Sequence[dict], split: str, change: float | None) -> list[str]:
     spread = f" ±{percent(stdev(r[split] for r in rows))}" if len({r["task"] for r in rows}) == 1 < len(rows) else ""
     reached = [r["to_tfidf"] for r in rows if r["to_tfidf"]]
-    some = f" {len(reached)}/{len(rows)}" if reached and len(reached) < len(rows) else ""
     losses = [r["mlm_loss"] for r in rows if r["mlm_loss"] is not None]
     return [
         percent(fmean(r[split] for r in rows)) + spread,
@@ -399,8 +404,11 @@ def cells(rows: Sequence[dict], split: str, change: float | None) -> list[str]:
         f"{100 * change:+.1f}" if change is not None else "-",
         scientific(fmean(r["flops"] for r in rows)),
         whole(fmean(r["seconds"] for r in rows)),
-        *(form(fmean(r[name] for r in reached)) + some if reached else "-"
-          for name, form in (("tokens", short), ("flops", scientific), ("seconds", whole))),
+        *(
+            form(fmean(r[name] for r in reached)) if reached else "-"
+            for name, form in (("tokens", short), ("flops", scientific), ("seconds", whole))
+        ),
+        f"{len(reached)}/{len(rows)}",
         f"{fmean(losses):.3f}" if losses else "-",
     ]  # fmt: skip
 

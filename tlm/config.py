@@ -245,7 +245,7 @@ class RecipeConfig:
         metadata={"help": "key=value of `tlm train` that differ from its defaults; TASK:key=value: for one task alone"},
     )
     finetune_share: float = key(0.1, "share of the budget that the finetune stage gets")
-    budget: float = key(6e12, "FLOPs a run: 6e12, 2.4e13 or 1e14, about 1, 4 or 16 minutes on two cores")
+    budget: float = key(6e12, "FLOPs a run: 6e12, 2.4e13 or 1e14, which take 1, 4 or 17 minutes at 1e11 FLOP/s")
     data: str = key("", "folder that holds the task folders")
     corpus: str = key("", "general text: a store, folder, file, glob or address")
     tasks: list[str] = field(

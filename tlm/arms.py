@@ -59,7 +59,7 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         )
     dev = scores(model.probabilities(data["dev"][0]), data["dev"][1])
     with ledger.phase("test"):
-        probabilities = model.probabilities(task.texts("test"))
+        probabilities = model.probabilities(task.texts("test")) if config.test else None
     summary = {
         "name": run.folder.name,
         "task": task.name,
@@ -68,7 +68,7 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         "arm": "tfidf",
         "seed": config.seed,
         "dev": dev,
-        "test": test_scores(task, probabilities),
+        "test": test_scores(task, probabilities) if config.test else None,
         "model": {"features": model.num_features, "C": model.strength, "class_weight": model.class_weight},
         "data": {
             "train_examples": len(data["train"][0]),
@@ -80,6 +80,7 @@ def run_tfidf(config: TrainConfig, progress: Progress) -> dict:
         "cost": ledger.cost(0, config.price_per_hour),
         "config_sha256": run.config_sha256,
     }
-    write_text(run.folder / "predictions.jsonl", prediction_lines(task, probabilities))
+    if config.test:
+        write_text(run.folder / "predictions.jsonl", prediction_lines(task, probabilities))
     write_json(run.summary_path, summary)
     return summary

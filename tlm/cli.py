@@ -80,6 +80,12 @@ def bench(config: configs.BenchConfig, names: list[str]) -> int:
     return import_module(f"tlm.benches.{names[0]}").bench(config)
 
 
+def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
+    from tlm.benches.recipe import bench
+
+    return bench(config)
+
+
 def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
     from tlm.doctor import doctor
 
@@ -95,11 +101,18 @@ VERBS = {
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
     "report": Verb("one HTML page and PNGs from run folders, finished or not", "RUN ...", configs.ReportConfig, report),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
+    "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
     "doctor": Verb(
         "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
     ),
 }
-REQUIRED = {"train": ("task",), "retrieve": ("task", "corpus"), "export": ("out",), "bench": ("task",)}
+REQUIRED = {
+    "train": ("task",),
+    "retrieve": ("task", "corpus"),
+    "export": ("out",),
+    "bench": ("task",),
+    "bench recipe": ("name", "data", "corpus"),
+}
 POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "report": (1, 99), "bench": (1, 1)}
 
 
@@ -131,6 +144,8 @@ def dispatch(arguments: list[str]) -> int:
         print(f"tlm {__version__}")
         return 0
     name, *rest = arguments
+    if " ".join(arguments[:2]) in VERBS:  # a verb of two words
+        name, rest = " ".join(arguments[:2]), rest[1:]
     if name not in VERBS:
         import difflib
 

@@ -109,6 +109,7 @@ class JointConfig(StageConfig):
     external_per_task: int = key(3, "external micro-batches for each task micro-batch (the paper's rho1)")
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
+    held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
 
 
 @dataclass
@@ -154,6 +155,7 @@ class TrainConfig(RunConfig):
         metadata={"help": "where curves go beside metrics.jsonl: any of tensorboard, wandb, mlflow; [] for none"},
     )
     price_per_hour: float = key(0.0, "price of the machine an hour, for --dry-run and the cost")
+    test: bool = key(True, "score test, once, at the end; false: it stays closed, and the summary's test is null")
     data: DataConfig = group(DataConfig)
     retrieval: RetrievalConfig = group(RetrievalConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
@@ -241,6 +243,30 @@ class BenchConfig:
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class RecipeConfig:
+    name: str = key("", "name of the recipe; another recipe, or other code, needs another name")
+    recipe: list[str] = field(
+        default_factory=list,
+        metadata={"help": "key=value of `tlm train` that differ from its defaults; TASK:key=value: for one task alone"},
+    )
+    finetune_share: float = key(0.1, "share of the budget that the finetune stage gets")
+    budget: float = key(6e12, "FLOPs a run: 6e12, 2.4e13 or 1e14, which take 1, 4 or 17 minutes at 1e11 FLOP/s")
+    data: str = key("", "folder that holds the task folders")
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "names of tasks in data ([]: the whole yardstick)"}
+    )
+    seeds: int = key(3, "runs a task, seeds 0, 1, ...")
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    against: str | None = key(None, "another recipe under out to be compared with (the last record if absent)")
+    record: str | None = key(None, "keep it under this name among the records, if it is one")
+    records: str = key("runs/reference/records", "folder of the records")
+    final: bool = key(False, "at the very end: read test, of the held-out tasks as well")
+    out: str = key("runs/recipes", "folder of the runs: NAME/BUDGET/TASK-SEED")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
 
 
 # hidden, layers, heads, intermediate: head dimension 32 to 64; tiny and small are what two CPU cores train in minutes.
@@ -409,10 +435,11 @@ AT_LEAST = {
     "model.max_length": 8, "init.max_words": 1, "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1,
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
-    "joint.mask_rate": 0, "joint.eval_every": 0, "finetune.eval_every": 0, "finetune.patience": 0, "threads": 0,
-    "seeds": 1, "kills": 1, "queries": 1, "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1,
-    "timeout_minutes": 0.1,
-    "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
+    "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
+    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1,
+    "price_per_hour": 0,
+    "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1, "layers": 1, "vocabulary": 100,
+    "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 
 
@@ -440,7 +467,7 @@ def validate(config: Any) -> Any:
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", *shares):
+    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune_share", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     limit = flat.get("micro_batch", "none")

@@ -10,7 +10,7 @@ from tasks import metrics
 from tasks.types import Task
 from tlm.batches import pack
 from tlm.engine import ALONE, World
-from tlm.objectives import Source
+from tlm.objectives import Masking, Source
 
 TOKENS_PER_BATCH = 4096
 
@@ -38,6 +38,20 @@ def probabilities(model: nn.Module, source: Source, world: World = ALONE) -> np.
         result[batch] = logits_NC.double().softmax(-1).cpu().numpy()
     model.train(was_training)
     return np.array(world.sum(result.ravel())).reshape(result.shape)
+
+
+@torch.no_grad()
+def mlm_loss(model: nn.Module, source: Source, masking: Masking) -> float:
+    """Mean masked-LM loss of a token."""
+    was_training, device, total, masked = model.training, next(model.parameters()).device, 0.0, 0
+    model.eval()
+    for indices in batches_by_length(source.lengths):
+        inputs, targets = zip(*(masking(source.sequence(i), "held out", i) for i in indices), strict=True)
+        batch = pack(inputs, targets).to(device)
+        total += model.mlm_loss_sum(model(batch)[batch.masked], batch.masked_tokens).item()
+        masked += len(batch.masked)
+    model.train(was_training)
+    return total / masked
 
 
 def scores(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:

@@ -162,12 +162,12 @@ def card(summary: dict, kind: str) -> str:
     import yaml
 
     task, metric, model, data, cost = (summary[key] for key in ("task", "metric", "model", "data", "cost"))
+    split = "test" if summary["test"] else "dev"
+    known = [name for name in METRICS if name in summary[split]]
     results = [
-        {"type": METRICS[name][0], "name": METRICS[name][1], "value": round(summary["test"][name], 4)}
-        for name in METRICS
-        if name in summary["test"]
+        {"type": METRICS[name][0], "name": METRICS[name][1], "value": round(summary[split][name], 4)} for name in known
     ]
-    dataset = {"type": task, "name": task, "split": "test"}
+    dataset = {"type": task, "name": task, "split": split}
     head = {
         "library_name": "transformers",
         "pipeline_tag": KINDS[kind].pipeline,
@@ -183,12 +183,18 @@ def card(summary: dict, kind: str) -> str:
             }
         ],
     }
-    low, high = summary["test"][f"{metric}_interval"]
-    scores = "\n".join(
-        f"| {METRICS[name][1]} | {summary['dev'][name]:.1%} | {summary['test'][name]:.1%} |"
-        for name in METRICS
-        if name in summary["test"]
-    )
+    splits = ("dev", "test") if summary["test"] else ("dev",)
+    rows = [["metric", *splits], ["---"] * (1 + len(splits))]
+    rows += [[METRICS[name][1], *(f"{summary[split][name]:.1%}" for split in splits)] for name in known]
+    scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if summary["test"]:
+        low, high = summary["test"][f"{metric}_interval"]
+        care = (
+            f"{METRICS[metric][1]} is the task's metric; its 95% bootstrap interval on test: {low:.1%} to {high:.1%}.\n"
+            "It covers the choice of test texts only, not that of the seed. Test was read once, after training."
+        )
+    else:
+        care = "The weights were chosen by these scores on dev, which are hence too good; test has not been read."
     external = (
         f"{data['external_documents']:,} documents of general text ({data['external_tokens']:,} tokens; "
         f"{data['external_tokens_seen']:,} seen in training, repeats included)"
@@ -226,12 +232,9 @@ The weights are those with the best dev score. Seed {summary["seed"]}.
 
 ## Scores
 
-| metric | dev | test |
-|---|---|---|
 {scores}
 
-{METRICS[metric][1]} is the task's metric; its 95% bootstrap interval on test is {low:.1%} to {high:.1%}.
-It covers the choice of test texts only, not that of the seed. The test split was read once, after training.
+{care}
 
 ## Cost
 

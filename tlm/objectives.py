@@ -59,6 +59,10 @@ class Source:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def take(self, examples: np.ndarray) -> "Source":
+        """Some of the examples, int[m]; of a source without labels."""
+        return Source(lambda i: self.sequence(examples[i]), self.lengths[examples])
+
 
 @dataclass(frozen=True)
 class Weighted:

@@ -7,10 +7,13 @@ before them; three reference runs took 13 to 26% more.
 """
 
 import os
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 from tasks.files import expand
+from tasks.types import Task
+from tlm import warmstart
 from tlm.config import TrainConfig
 from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
@@ -26,13 +29,10 @@ LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads
 def plan(config: TrainConfig) -> dict:
     """Everything that `--dry-run` prints beside the configuration."""
     task = open_task(config.task, config.data)
-    lengths = {
-        split: np.minimum([1.4 * (text.count(" ") + 1) + 2 for text in task.texts(split)], config.model.max_length)
-        for split in task.splits
-    }
+    lengths = {split: mean_length(task.texts(split), config.model.max_length) for split in task.splits}
     found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}
     found |= {
-        split: f"{len(examples)} texts, about {lengths[split].mean():.0f} tokens each"
+        split: f"{len(examples)} texts, about {lengths[split]:.0f} tokens each"
         for split, examples in task.splits.items()
     }
     if config.corpus:
@@ -44,36 +44,12 @@ def plan(config: TrainConfig) -> dict:
     if result["arm"] == "tfidf":
         return result
 
-    model = config.model
-    shape = ModelShape(
-        config.tokenizer.vocabulary,
-        model.hidden,
-        model.layers,
-        model.heads,
-        model.intermediate,
-        model.max_length,
-        len(task.labels),
-    )
-    inside = model.layers * (4 * model.hidden**2 + 3 * model.hidden * model.intermediate)
-    parameters = inside + shape.vocabulary * (model.hidden + 1) + 2 * model.hidden**2
-    flops, tokens, activations = {}, {}, {}
-    for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
-        length = model.max_length if config.corpus and name == "joint" else int(lengths["train"].mean())
-        texts = stage.batch or max(1, round(stage.batch_tokens / length))
-        rho1 = config.joint.external_per_task if config.corpus else 0
-        masked = texts * length * config.joint.mask_rate if name == "joint" else 0
-        classified = texts / (rho1 + 1) if name == "joint" else texts
-        once = 3 * forward_flops(shape, [length] * texts, round(masked), round(classified))
-        optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
-        full_steps = stage.steps * (1 - 3 / 8 * stage.batch_ramp)  # the mean batch of a ramp is 5/8
-        micro_batches = full_steps * stage.accumulation
-        flops[name] = round(micro_batches * once) + stage.steps * optimizer
-        tokens[name] = round(micro_batches * texts * length)
-        at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
-        share = min(1.0, at_once / (texts * length))
-        activations[name] = activation_bytes(
-            shape, round(share * texts * length), length, round(share * masked), config.activation_checkpointing
-        )
+    shape, costs = shape_of(config, task), stage_costs(config, task)
+    inside = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    parameters = inside + shape.vocabulary * (shape.hidden + 1) + 2 * shape.hidden**2
+    flops, tokens = {"start": start_flops(config)}, {}
+    for name, cost in costs.items():
+        flops[name], tokens[name] = cost.flops, cost.tokens
     from tlm.doctor import matmul_gflops
 
     speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())
@@ -82,13 +58,13 @@ def plan(config: TrainConfig) -> dict:
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer": optimizer_bytes(config.optimizer, parameters, inside),
-        "activations": max(activations.values()),
+        "activations": max(cost.activations for cost in costs.values()),
         "libraries": LIBRARIES_BYTES,
     }
     return result | {
         "model": {
             "parameters": parameters,
-            "parameters_without_embeddings": parameters - shape.vocabulary * model.hidden,
+            "parameters_without_embeddings": parameters - shape.vocabulary * shape.hidden,
         },
         "tokens": tokens,
         "flops": flops | {"paper": paper_flops(parameters, tokens["joint"])},
@@ -97,6 +73,64 @@ def plan(config: TrainConfig) -> dict:
         | {"all": round(sum(memory.values()) / 2**20)},
         "estimated_money": round(config.price_per_hour * sum(minutes.values()) / 60, 2),
     }
+
+
+@dataclass(frozen=True)
+class StageCost:
+    flops: int
+    tokens: int
+    activations: int  # bytes
+
+
+def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
+    """Of both stages; FLOPs and tokens grow with the steps."""
+    model, shape = config.model, shape_of(config, task)
+    task_length, costs = mean_length(task.texts("train"), model.max_length), {}
+    for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
+        length = model.max_length if config.corpus and name == "joint" else int(task_length)
+        texts = stage.batch or max(1, round(stage.batch_tokens / length))
+        rho1 = config.joint.external_per_task if config.corpus else 0
+        masked = texts * length * config.joint.mask_rate if name == "joint" else 0
+        classified = texts / (rho1 + 1) if name == "joint" else texts
+        once = 3 * forward_flops(shape, [length] * texts, round(masked), round(classified))
+        optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
+        full_steps = stage.steps * (1 - 3 / 8 * stage.batch_ramp)  # the mean batch of a ramp is 5/8
+        micro_batches = full_steps * stage.accumulation
+        at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
+        share = min(1.0, at_once / (texts * length))
+        costs[name] = StageCost(
+            flops=round(micro_batches * once) + stage.steps * optimizer,
+            tokens=round(micro_batches * texts * length),
+            activations=activation_bytes(
+                shape, round(share * texts * length), length, round(share * masked), config.activation_checkpointing
+            ),
+        )
+    return costs
+
+
+def start_flops(config: TrainConfig) -> int:
+    """Of the embeddings' start, where as many words are counted as may be."""
+    if config.init.method == "random":
+        return 0
+    return warmstart.flops(config.tokenizer.vocabulary, config.model.hidden, config.init.max_words)
+
+
+def shape_of(config: TrainConfig, task: Task) -> ModelShape:
+    model = config.model
+    return ModelShape(
+        config.tokenizer.vocabulary,
+        model.hidden,
+        model.layers,
+        model.heads,
+        model.intermediate,
+        model.max_length,
+        len(task.labels),
+    )
+
+
+def mean_length(texts: Sequence[str], max_length: int) -> float:
+    """Tokens a text."""
+    return fmean(min(TOKENS_PER_WORD * (text.count(" ") + 1) + 2, max_length) for text in texts)
 
 
 def show(config: TrainConfig) -> None:

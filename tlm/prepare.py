@@ -20,6 +20,7 @@ from retrieval import corpus as corpora
 from retrieval import select
 from retrieval.corpus import Corpus
 from retrieval.select import Selection
+from tasks.errors import InputError
 from tasks.readers import read_task
 from tasks.types import Task
 from tlm import warmstart
@@ -40,6 +41,7 @@ class Prepared:
     tokenizer: Tokenizer
     max_length: int
     external: Source | None  # passages of the selection; None without a corpus
+    held_out: Source | None  # `joint.held_out` others
     start: warmstart.Start | None  # of the embeddings and the output bias; None for a random start
     selection: Selection | None
     arm: str
@@ -135,10 +137,12 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
         "path": "tokenizer.json", "rows": tokenizer.get_vocab_size(), "sha256": tokenizer_hash(tokenizer)
     })  # fmt: skip
     train, cut = task_source(task, "train", tokenizer, config.model.max_length)
-    external = None
+    external = held_out = None
     if tokens:
         passages = windows(tokens, config.model.max_length)
         external = Source(passages.sequence, passages.lengths)
+        if config.joint.held_out:
+            external, held_out = hold_out(external, config.joint.held_out)
 
     start = None
     if config.init.method == "cooccurrence":
@@ -157,6 +161,7 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
         tokenizer,
         config.model.max_length,
         external,
+        held_out,
         start,
         selection,
         arm_of(config),
@@ -181,6 +186,14 @@ def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: P
     if options.selector == "bm25":
         return best
     return select.select(task, corpus, selector="random", like=best, seed=config.seed, **settings)
+
+
+def hold_out(source: Source, count: int) -> tuple[Source, Source]:
+    """(The others, `count` passages), drawn alike for all seeds."""
+    if count >= len(source):
+        raise InputError(f"joint.held_out={count}: the selection has but {len(source)} passages; hold fewer out")
+    order = np.random.default_rng(0).permutation(len(source))
+    return source.take(np.sort(order[count:])), source.take(order[:count])
 
 
 def encoded(texts: list[str], tokenizer: Tokenizer) -> TokenStore:

@@ -52,8 +52,8 @@ def scientific(number: float) -> str:
 
 
 COLUMNS = (
-    Column("test accuracy", lambda s: s["test"].get("accuracy"), percent, True),
-    Column("test macro-F1", lambda s: s["test"].get("macro_f1"), percent, True),
+    Column("test accuracy", lambda s: (s["test"] or {}).get("accuracy"), percent, True),
+    Column("test macro-F1", lambda s: (s["test"] or {}).get("macro_f1"), percent, True),
     Column("dev accuracy", lambda s: s["dev"].get("accuracy"), percent, True),
     Column("dev macro-F1", lambda s: s["dev"].get("macro_f1"), percent, True),
     Column("external documents", lambda s: s["data"].get("external_documents"), whole),
@@ -107,7 +107,8 @@ def results_section(arms: Mapping[str, Sequence[dict]], metric: str, title: str 
         for column in COLUMNS:
             found = values(column, summaries)
             wins = len(arms) > 1 and found and column in top and statistics.fmean(found) == top[column]
-            interval = summaries[0]["test"].get(f"{metric}_interval") if column.title == TEST_COLUMN[metric] else None
+            tested = summaries[0]["test"] if column.title == TEST_COLUMN[metric] else None
+            interval = (tested or {}).get(f"{metric}_interval")
             low_high = f"{percent(interval[0])} to {percent(interval[1])}" if interval and len(summaries) == 1 else None
             small = element("small", low_high) if low_high else None
             cells.append(element("td", cell(column, summaries), small, class_="best" if wins else None))

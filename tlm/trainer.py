@@ -129,6 +129,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         stage.average.apply(model)
         model = engines.whole(model)
         engine.destroy()
+        if stage is joint and prepared.held_out:
+            masking = Masking(0.15, prepared.vocabulary, len(SPECIALS), MASK, seed=0)  # alike for all runs
+            with meter.ledger.phase("evaluation"):
+                loss = evaluate.mlm_loss(model, prepared.held_out, masking)
+            run.record(stage=stage.name, step=stage.step, kind="held_out", mlm_loss=loss)
     return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
 
 
@@ -371,12 +376,12 @@ def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict
 
 
 def finish(config, run, model, finetune, ledger, prepared, progress, world) -> dict:
-    """Test once, by the best dev weights; then write predictions, the model and, last, the summary."""
+    """Test once, by the best dev weights, if asked to; then write predictions, the model and, last, the summary."""
     task = prepared.task
     if finetune.best:
         model = load_model(run.checkpoints / "best").to(world.device)
-    with progress.phase("test"), ledger.phase("test"):
-        probabilities = evaluate.probabilities(model, prepared.source("test"), world)
+    with progress.phase("test" if config.test else "last scores"), ledger.phase("test"):
+        probabilities = evaluate.probabilities(model, prepared.source("test"), world) if config.test else None
         if not finetune.best:  # no stage two, or no dev scores in it: the last weights count
             dev = prepared.source("dev")
             finetune.best = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels) | {
@@ -390,7 +395,7 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         "arm": prepared.arm,
         "seed": config.seed,
         "dev": finetune.best,
-        "test": evaluate.test_scores(task, probabilities),
+        "test": evaluate.test_scores(task, probabilities) if config.test else None,
         "model": describe_model(model),
         "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
         "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
@@ -401,7 +406,8 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
     }
     if world.rank == 0:
-        write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
+        if config.test:
+            write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
         save_model(model, run.folder / "model", labels=task.labels)
         save_tokenizer(prepared.tokenizer, run.folder / "model" / "tokenizer.json")
         write_json(run.summary_path, summary)

@@ -1,4 +1,7 @@
-"""What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status."""
+"""What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status.
+
+`tlm bench recipe` has keys of its own and is a verb of two words.
+"""
 
 BENCHES = {
     "train": "training steps beside those of transformers and its Trainer, where their time goes, how they grow",

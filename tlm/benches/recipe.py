@@ -1,0 +1,422 @@
+"""`tlm bench recipe`: a recipe over the yardstick's tasks at equal FLOPs, beside the last record. Its rules:
+
+- Runs are scored on dev. The test splits stay closed until `final=true`, which alone scores them and admits the
+  held-out tasks, so that these show whether a recipe was fitted to its yardstick. (As everywhere, texts of test are
+  read to keep their like out of training and selection.)
+- The steps follow from the budget by the count of `--dry-run`, the start of the embeddings included; what a run really
+  took stands in the table. Selection and tokenizing count in seconds, cached or not.
+- The score of a run is (metric - majority) / (1 - majority), where majority always says train's commonest label; that
+  of a recipe is the mean over tasks and seeds.
+- A record is better than the last one of its budget on the whole yardstick with at least three seeds, p < 0.05.
+
+Runs are ordinary run folders. They are queued over processes of one thread, go on where they were stopped, and are
+never done twice; a lock on a run's log keeps two benches from the same run.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+
+from tasks.errors import InputError
+from tasks.metrics import METRICS
+from tasks.types import Task
+from tlm.config import RecipeConfig, TrainConfig, load, validate
+from tlm.curves import read_metrics
+from tlm.evaluate import test_scores
+from tlm.plan import stage_costs, start_flops
+from tlm.predict import open_run
+from tlm.prepare import open_task
+from tlm.progress import Progress
+from tlm.run import Run, read_json, write_json, write_text
+from tlm.signals import Stopped, StopSignals
+from tlm.tables import percent, scientific, short, whole
+
+YARDSTICK = ("sciie", "chemprot", "imdb", "ag_news", "rct_pmc", "hyperpartisan", "trec")
+HELD_OUT = ("citation_intent", "scicite", "sst2", "helpfulness", "tweet_emotion", "banking77")
+FINAL = (*YARDSTICK, *HELD_OUT, "bbc_news")
+TRAIN_TEXTS = {"imdb": 1000, "ag_news": 500, "rct_pmc": 2000}  # of the others all
+FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "joint.steps", "finetune.steps")
+TFIDF = "tfidf"  # the rival's runs lie in a folder of this name
+EVALUATIONS = 5  # on dev, a stage
+HELD_OUT_PASSAGES = 200
+PROGRAM = [sys.executable, "-m", "tlm", "train"]
+STARTS = 5  # of a run that is killed again and again
+POLL_SECONDS = 1
+LEAST_SEEDS, LARGEST_P = 3, 0.05  # of a record
+RESAMPLES = 99_999
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be made: `tlm train` with these settings makes `folder`."""
+
+    task: str
+    seed: int
+    folder: Path
+    settings: list[str]
+    flops: float = 0.0  # its budget
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    def share_done(self) -> float:
+        path = self.folder / "metrics.jsonl"
+        if self.finished or not path.exists():
+            return float(self.finished)
+        spent = re.findall(rb'"flops": (\d+)', path.read_bytes()[-4096:])
+        return min(1.0, int(spent[-1]) / self.flops) if spent else 0.0
+
+
+def bench(config: RecipeConfig) -> int:
+    """Makes the runs that are missing and shows the table; exit status 1 if a record was asked for and it is none."""
+    names = check(config)
+    progress, folder = Progress(), Path(config.out) / config.name / budget_name(config.budget)
+    opponent = find_opponent(config)  # first, so that a wrong name is told at once
+    tasks, rivals, runs = {}, {}, []
+    for name in names:
+        rivals[name] = tfidf_run(config, name)
+        tasks[name], of_task = recipe_runs(config, name, folder)
+        runs += of_task
+    runs.sort(key=lambda run: run.seed)  # a task's selection is made once, so that its seeds should not begin together
+    queue([*rivals.values(), *runs], config.jobs, progress)
+
+    split = "test" if config.final else "dev"
+    results = [result(run, tasks[run.task], rivals[run.task], split) for run in runs]
+    summary = {
+        "name": config.name,
+        "split": split,
+        "budget": config.budget,
+        "recipe": config.recipe,
+        "finetune_share": config.finetune_share,
+        "score": fmean(r["score"] for r in results),
+        "compared": compare(results, opponent),
+        "code": sorted({str(read_json(run.folder / "env.json")["git_commit"]) for run in runs}),
+        "runs": results,
+    }
+    write_json(folder / summary_name(config), summary)
+    show(summary)
+    return keep_record(config, summary, progress) if config.record else 0
+
+
+def check(config: RecipeConfig) -> list[str]:
+    """The names of the tasks. Raises InputError for what breaks the rules, before anything is run."""
+    if config.record and config.against:
+        raise InputError(f"record={config.record}: is held against the last record; leave against= out")
+    names = config.tasks or list(FINAL if config.final else YARDSTICK)
+    if closed := next((name for name in names if name in HELD_OUT and not config.final), None):
+        raise InputError(f"tasks=[{closed}]: held out, not to be tuned on; leave it until the end (final=true)")
+    if config.name in (TFIDF, f"{TFIDF}-final"):
+        raise InputError(f"name={config.name}: is the rival's; choose another")
+    if path := next((name for name in (config.name, *names) if Path(name).name != name), None):
+        raise InputError(f"{path}: must be a plain name, as folders are called by it")
+    for setting in config.recipe:
+        key, equals, _ = setting.partition("=")
+        task, colon, key = key.rpartition(":")
+        if not equals:
+            raise InputError(f"recipe=[{setting}]: must be key=value")
+        if key in FIXED or key.split(".")[0] in FIXED:
+            raise InputError(f"recipe=[{setting}]: {key} is the bench's to set; leave it out")
+        if colon and (task in HELD_OUT or task not in {*FINAL, *names}):
+            raise InputError(
+                f"recipe=[{setting}]: {task} is no task of the yardstick; use one of {', '.join(YARDSTICK)}"
+            )
+    if config.record and (config.final or config.seeds < LEAST_SEEDS or set(names) != set(YARDSTICK)):
+        raise InputError(
+            f"record={config.record}: a record is made on dev of the whole yardstick with {LEAST_SEEDS} seeds or more; "
+            "leave tasks= and final= out"
+        )
+    return names
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+def recipe_runs(config: RecipeConfig, name: str, folder: Path) -> tuple[Task, list[Planned]]:
+    """The task, and its run for each seed. Raises InputError where a run folder holds something else."""
+    own = [
+        setting.removeprefix(f"{name}:")
+        for setting in config.recipe
+        if setting.startswith(f"{name}:") or ":" not in setting.partition("=")[0]
+    ]
+    given = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "boards=[]", "keep_checkpoints=1"]
+    given += [*own, *same_for_all(config, name), f"out={folder}", "test=false"]
+    train = validate(load(TrainConfig, given))
+    task = open_task(train.task, train.data)
+    steps = steps_within(config.budget, config.finetune_share, train, task)
+    every = [f"{stage}.eval_every={max(1, -(-number // EVALUATIONS))}" for stage, number in steps.items()]
+    given = [*every, *given, *(f"{stage}.steps={number}" for stage, number in steps.items())]
+    runs = []
+    for seed in range(config.seeds):
+        settings = [*given, f"seed={seed}", f"run={name}-{seed}"]
+        runs.append(planned(name, seed, folder / f"{name}-{seed}", settings, config.budget))
+    return task, runs
+
+
+def tfidf_run(config: RecipeConfig, name: str) -> Planned:
+    folder = Path(config.out) / (f"{TFIDF}-final" if config.final else TFIDF)
+    test = str(config.final).lower()
+    settings = ["model=tfidf", *same_for_all(config, name), f"out={folder}", f"test={test}", f"run={name}"]
+    return planned(name, 0, folder / name, settings)
+
+
+def same_for_all(config: RecipeConfig, name: str) -> list[str]:
+    limit = [f"data.train_limit={TRAIN_TEXTS[name]}"] if name in TRAIN_TEXTS else []
+    return [f"task={Path(config.data) / name}", *limit, f"cache={config.cache}", "threads=1"]
+
+
+def planned(task: str, seed: int, folder: Path, settings: list[str], flops: float = 0.0) -> Planned:
+    Run(folder, validate(load(TrainConfig, settings)))  # raises where the folder holds something else
+    return Planned(task, seed, folder, settings, flops)
+
+
+def steps_within(budget: float, finetune_share: float, train: TrainConfig, task: Task) -> dict[str, int]:
+    """Steps of each stage. Raises InputError where the budget is too small for one step of the joint stage."""
+    many = 1000  # the count is linear in the steps, but for rounding
+    trial = replace(train, joint=replace(train.joint, steps=many), finetune=replace(train.finetune, steps=many))
+    per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
+    shares = {"finetune": finetune_share * budget, "joint": (1 - finetune_share) * budget - start_flops(train)}
+    steps = {stage: round(max(0.0, shares[stage]) / per_step[stage]) for stage in ("joint", "finetune")}
+    if not steps["joint"]:
+        raise InputError(f"budget={budget:g}: too small for a step of the joint stage on {task.name}; raise it")
+    return steps
+
+
+def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
+    """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints."""
+    waiting, starts, active = deque(run for run in runs if not run.finished), Counter(), {}
+    begun, done_before = time.perf_counter(), share_done(runs)
+    with progress.phase("runs", len(runs)), StopSignals() as signals:
+        try:
+            while waiting or active:
+                for _ in range(len(waiting)):
+                    run = waiting.popleft()
+                    process = start(run) if len(active) < jobs and not run.finished else None
+                    if process:
+                        active[process] = run
+                        starts[run.folder] += 1
+                    elif not run.finished:  # no process is free, or another bench is at it
+                        waiting.append(run)
+                time.sleep(POLL_SECONDS)
+                if signals.number:
+                    raise Stopped(signals.number)
+                for process in [process for process in active if process.poll() is not None]:
+                    run = active.pop(process)
+                    if again(run, process.returncode, starts[run.folder]):
+                        waiting.append(run)
+                done = share_done(runs)
+                note = " ".join(run.folder.name for run in active.values())
+                if done > done_before:
+                    left = (time.perf_counter() - begun) * (1 - done) / (done - done_before)
+                    note = f"about {left / 60:.0f} minutes left: {note}"
+                progress.update(sum(run.finished for run in runs), len(runs), note)
+        finally:
+            for process in active:
+                process.terminate()
+            for process in active:
+                process.wait()
+
+
+def share_done(runs: Sequence[Planned]) -> float:
+    """Of the FLOPs of all runs."""
+    return fmean(run.share_done() for run in runs if run.flops)
+
+
+def start(run: Planned) -> subprocess.Popen | None:
+    """`tlm train`, or None if it is under way: whoever has its log open, this bench dead or alive, has the lock."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(run), "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        return subprocess.Popen(
+            [*PROGRAM, *run.settings],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def log_of(run: Planned) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def again(run: Planned, status: int, starts: int) -> bool:
+    """Whether a process that has ended has to be started again: it was killed. Raises InputError if it failed."""
+    if status == 0:
+        shutil.rmtree(run.folder / "ckpt", ignore_errors=True)  # ten times the model's size, and of no more use
+        return False
+    killed = status < 0 or status > 128
+    if killed and starts < STARTS:
+        return True
+    said = log_of(run).read_text(errors="replace").strip().splitlines()
+    why = f"was killed {starts} times" if killed else f"failed: {said[-1] if said else f'exit status {status}'}"
+    raise InputError(f"{run.folder}: {why} (see {log_of(run)})")
+
+
+# --- what came of them ----------------------------------------------------------------------------------------------
+
+
+def result(run: Planned, task: Task, rival: Planned, split: str) -> dict:
+    """Scores as fractions. `to_tfidf`: tokens, FLOPs and seconds when dev first reached TF-IDF's dev score, or None."""
+    summary, classical = read_json(run.folder / "summary.json"), read_json(rival.folder / "summary.json")
+    metric, cost, majority = task.metric, summary["cost"], majority_score(task, split)
+    records = read_metrics(run.folder)
+    mine = read_test(run, task)[metric] if split == "test" else summary["dev"][metric]
+    return {
+        "task": run.task,
+        "seed": run.seed,
+        "metric": metric,
+        split: mine,
+        "score": (mine - majority) / (1 - majority),
+        "majority": majority,
+        "tfidf": classical[split][metric],
+        "tokens": cost["tokens"],
+        "flops": cost["flops"],
+        "seconds": sum(cost["seconds"].values()),
+        "to_tfidf": reached(records, metric, classical["dev"][metric]),
+        "mlm_loss": next((r["mlm_loss"] for r in records if r["kind"] == "held_out"), None),
+    }
+
+
+def majority_score(task: Task, split: str) -> float:
+    gold, train = np.array(task.targets(split)), np.array(task.targets("train"))
+    return METRICS[task.metric](gold, np.full_like(gold, np.bincount(train).argmax()), len(task.labels))
+
+
+def reached(records: Sequence[dict], metric: str, target: float) -> dict | None:
+    """The cost in the first log line after the first dev score of `target` or more."""
+    there = False
+    for record in records:
+        there = there or (record["kind"] == "dev" and record[metric] >= target)
+        if there and record["kind"] == "train":
+            return {name: record[name] for name in ("tokens", "flops", "seconds")}
+    return None
+
+
+def read_test(run: Planned, task: Task) -> dict:
+    """Scores on test, read once and kept in the run folder."""
+    path = run.folder / "test.json"
+    if not path.exists():
+        write_json(path, test_scores(task, open_run(run.folder, threads=1).probabilities(task.texts("test"))))
+    return read_json(path)
+
+
+def find_opponent(config: RecipeConfig) -> dict | None:
+    """The summary of what the recipe is compared with: `against`, or the last record of the same budget."""
+    if config.against:
+        return read_json(Path(config.out) / config.against / budget_name(config.budget) / summary_name(config))
+    of_budget = [record for record in read_records(config) if record["budget"] == config.budget]
+    return of_budget[-1] if of_budget and not config.final else None
+
+
+def read_records(config: RecipeConfig) -> list[dict]:
+    return [read_json(path) for path in sorted(Path(config.records).glob("[0-9][0-9]-*/summary.json"))]
+
+
+def compare(results: Sequence[dict], opponent: dict | None) -> dict | None:
+    """The mean difference of scores over the (task, seed) that both have, and its p by flipping signs (two-sided)."""
+    from scipy.stats import permutation_test
+
+    if opponent is None:
+        return None
+    theirs = {(r["task"], r["seed"]): r["score"] for r in opponent["runs"]}
+    mine = {(r["task"], r["seed"]): r["score"] for r in results}
+    gains = {pair: score - theirs[pair] for pair, score in mine.items() if pair in theirs}
+    if not gains:
+        raise InputError(f"{opponent['name']}: has no run of a task and seed of these; choose another against=NAME")
+    test = permutation_test(
+        (list(gains.values()),), np.mean, permutation_type="samples", n_resamples=RESAMPLES, random_state=0
+    )
+    return {
+        "with": opponent["name"],
+        "pairs": len(gains),
+        "difference": float(test.statistic),
+        "p": float(test.pvalue),
+        "by_task": {task: fmean(gain for (of, _), gain in gains.items() if of == task) for task, _ in gains},
+    }
+
+
+def keep_record(config: RecipeConfig, summary: dict, progress: Progress) -> int:
+    """Writes configuration and summary into a new folder of the records, if it is one; 1 if it is none."""
+    compared, same = summary["compared"], len(summary["runs"])
+    if compared and (compared["difference"] <= 0 or compared["p"] >= LARGEST_P or compared["pairs"] < same):
+        progress.say(
+            f"no record: one is better than {compared['with']} with p < {LARGEST_P} over all {same} tasks and seeds"
+        )
+        return 1
+    folder = Path(config.records) / f"{len(read_records(config)) + 1:02d}-{config.record}"
+    lines = [
+        f"{name}: {json.dumps(getattr(config, name))}"
+        for name in ("name", "recipe", "finetune_share", "budget", "seeds")
+    ]
+    write_text(folder / "config.yaml", "\n".join(["# tlm bench recipe config.yaml data=... corpus=...", *lines, ""]))
+    write_json(folder / "summary.json", summary | {"name": folder.name})
+    progress.say(f"a record: {folder}")
+    return 0
+
+
+def show(summary: dict) -> None:
+    """A line for each task; scores in percent, costs as means over the seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results, compared, split = summary["runs"], summary["compared"], summary["split"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("task", no_wrap=True, vertical="bottom")
+    of_rival = [f"{what}\nto TF-IDF" for what in ("tokens", "FLOPs", "seconds", "seeds")]
+    for title in ("TF-IDF", split, "score", "change", "FLOPs", "seconds", *of_rival, "held-out\nMLM loss"):
+        table.add_column(title, justify="right", vertical="bottom", no_wrap=True)
+    for task in dict.fromkeys(r["task"] for r in results):
+        rows = [r for r in results if r["task"] == task]
+        change = compared["by_task"].get(task) if compared else None
+        table.add_row(task, percent(rows[0]["tfidf"]), *cells(rows, split, change))
+    table.add_row("mean", percent(fmean(r["tfidf"] for r in results)),
+                  *cells(results, split, compared and compared["difference"]))  # fmt: skip
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
+    end = "no record of this budget yet"
+    if compared:
+        end = f"{100 * compared['difference']:+.2f} to {compared['with']}, p = {compared['p']:.4f}"
+        end += f" over {compared['pairs']} pairs"
+    console.print(f"{summary['name']}, {summary['budget']:g} FLOPs a run: score {percent(summary['score'])}, {end}")
+
+
+def cells(rows: Sequence[dict], split: str, change: float | None) -> list[str]:
+    spread = f" ±{percent(stdev(r[split] for r in rows))}" if len({r["task"] for r in rows}) == 1 < len(rows) else ""
+    reached = [r["to_tfidf"] for r in rows if r["to_tfidf"]]
+    losses = [r["mlm_loss"] for r in rows if r["mlm_loss"] is not None]
+    return [
+        percent(fmean(r[split] for r in rows)) + spread,
+        percent(fmean(r["score"] for r in rows)),
+        f"{100 * change:+.1f}" if change is not None else "-",
+        scientific(fmean(r["flops"] for r in rows)),
+        whole(fmean(r["seconds"] for r in rows)),
+        *(
+            form(fmean(r[name] for r in reached)) if reached else "-"
+            for name, form in (("tokens", short), ("flops", scientific), ("seconds", whole))
+        ),
+        f"{len(reached)}/{len(rows)}",
+        f"{fmean(losses):.3f}" if losses else "-",
+    ]  # fmt: skip
+
+
+def budget_name(budget: float) -> str:
+    """2.4e+13 -> 2.4e13"""
+    return f"{budget:g}".replace("e+", "e")
+
+
+def summary_name(config: RecipeConfig) -> str:
+    return "final.json" if config.final else "summary.json"

@@ -164,7 +164,8 @@ def dispatch(arguments: list[str]) -> int:
     config = configs.validate(configs.load(verb.config, settings))
     for key in REQUIRED.get(name, ()):
         if not getattr(config, key):
-            raise InputError(f"{key}=: missing; `tlm {name} {key}=...` needs it (see `tlm {name} --help`)")
+            command = " ".join(["tlm", name, *(names if name == "bench" else [])])
+            raise InputError(f"{key}=: missing; `{command} {key}=...` needs it (see `tlm {name} --help`)")
     if dry_run:
         if name != "train":
             raise InputError(f"--dry-run: `tlm {name}` has no dry run; `tlm train` has")

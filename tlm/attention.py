@@ -1,4 +1,4 @@
-"""Attention over packed sequences: rotary positions, softmax and both products in one step of the graph.
+"""Attention over packed sequences: rotary positions, then softmax and both products in one step of the graph.
 
 On a CPU texts of a sentence or a page are too short for a kernel that never holds the scores: at 50 to 130 tokens the
 plain products, a sequence at a time where it lies, take two thirds of the time of torch's own attention (RoPE and
@@ -20,7 +20,8 @@ def attend(qkv: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor
     if flash_takes(qkv):
         return flash(*Rotate.apply(qkv, cos, sin), batch).flatten(1)
     if qkv.device.type == "cpu" and batch.longest <= LONGEST:
-        return Attend.apply(qkv, [length for count, length in batch.groups for _ in range(count)], cos, sin)
+        lengths = [length for count, length in batch.groups for _ in range(count)]
+        return Attend.apply(*Rotate.apply(qkv, cos, sin), lengths)
     return attend_by_torch(qkv, batch, cos, sin)
 
 
@@ -48,12 +49,11 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Ba
 
 
 class Attend(torch.autograd.Function):
-    """`lengths` are those of the sequences in packed order. The attention weights are kept for the backward."""
+    """Of queries, keys and values, each [T, H, D]. `lengths` are those of the sequences in packed order. The attention
+    weights are kept for the backward."""
 
     @staticmethod
-    def forward(ctx, qkv, lengths, cos, sin):
-        query, key, value = qkv.unbind(1)
-        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+    def forward(ctx, query, key, value, lengths):
         mixed, weights = torch.empty_like(query), []
         with products("fp32"):  # bf16 makes small products slower
             for q, k, v, out in by_sequence(lengths, query, key, value, mixed):  # each [H, length, D]
@@ -61,18 +61,15 @@ class Attend(torch.autograd.Function):
                 weights.append(torch.softmax(scores, -1))
                 product(weights[-1], v, out)
         ctx.lengths = lengths
-        ctx.save_for_backward(query, key, value, cos, sin, *weights)
+        ctx.save_for_backward(query, key, value, *weights)
         return mixed.flatten(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        query, key, value, cos, sin, *weights = ctx.saved_tensors
-        gradient = query.new_empty(len(query), 3, *query.shape[1:])
-        to_query, to_key = torch.empty_like(query), torch.empty_like(key)
-        parts = by_sequence(
-            ctx.lengths, query, key, value, slope.reshape(query.shape), to_query, to_key, gradient[:, 2]
-        )
+        query, key, value, *weights = ctx.saved_tensors
+        to_query, to_key, to_value = (torch.empty_like(query) for _ in range(3))
+        parts = by_sequence(ctx.lengths, query, key, value, slope.reshape(query.shape), to_query, to_key, to_value)
         with products("fp32"):  # bf16 makes small products slower
             for w, (q, k, v, out, to_q, to_k, to_v) in zip(weights, parts, strict=True):
                 product(w.mT, out, to_v)
@@ -80,9 +77,7 @@ class Attend(torch.autograd.Function):
                 to_scores = torch._softmax_backward_data(to_weights, w, -1, w.dtype)
                 product(to_scores, k, to_q, q.shape[-1] ** -0.5)
                 product(to_scores.mT, q, to_k, q.shape[-1] ** -0.5)
-        rotated(to_query, cos, -sin, out=gradient[:, 0])
-        rotated(to_key, cos, -sin, out=gradient[:, 1])
-        return gradient, None, None, None
+        return to_query, to_key, to_value, None
 
 
 def by_sequence(lengths: list[int], *flat: torch.Tensor):

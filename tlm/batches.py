@@ -23,9 +23,7 @@ class Batch:
 
     tokens: torch.Tensor  # int64[T]
     positions: torch.Tensor  # int64[T], from 0 in each sequence
-    groups: tuple[
-        tuple[int, int], ...
-    ]  # (sequences, length), lengths rising (but for what `filled` adds); the products sum to T
+    groups: tuple[tuple[int, int], ...]  # (sequences, length), lengths rising, then what `filled` adds; T in all
     borders: torch.Tensor  # int32[N + 1]: where each packed sequence begins, and T
     slots: torch.Tensor  # int64[N]: where the caller's i-th sequence lies among the packed ones
     lengths: tuple[int, ...]  # N

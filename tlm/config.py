@@ -437,9 +437,8 @@ AT_LEAST = {
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1,
-    "price_per_hour": 0,
-    "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1, "layers": 1, "vocabulary": 100,
-    "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
+    "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
+    "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 
 

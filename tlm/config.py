@@ -114,6 +114,7 @@ class JointConfig(StageConfig):
 
 @dataclass
 class FinetuneConfig(StageConfig):
+    share: float = key(0.1, "share of budget= that this stage gets")
     dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
     head: str = key("fresh", "classification head: fresh (the paper's) or keep (the joint stage's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
@@ -140,6 +141,9 @@ class TrainConfig(RunConfig):
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(
         "none", "most tokens a process computes at once: a number, none, or auto: what fits; a step stays the same"
+    )
+    budget: float | None = key(
+        None, "FLOPs of the whole run: both stages' steps follow from it, and dev is scored 5 times a stage"
     )
     optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest), adamw or adamw8bit")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")
@@ -252,7 +256,6 @@ class RecipeConfig:
         default_factory=list,
         metadata={"help": "key=value of `tlm train` that differ from its defaults; TASK:key=value: for one task alone"},
     )
-    finetune_share: float = key(0.1, "share of the budget that the finetune stage gets")
     budget: float = key(6e12, "FLOPs a run: 6e12, 2.4e13 or 1e14, which take 1, 4 or 17 minutes at 1e11 FLOP/s")
     data: str = key("", "folder that holds the task folders")
     corpus: str = key("", "general text: a store, folder, file, glob or address")
@@ -466,7 +469,7 @@ def validate(config: Any) -> Any:
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune_share", *shares):
+    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     limit = flat.get("micro_batch", "none")

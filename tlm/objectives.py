@@ -109,10 +109,14 @@ class Objective:
                 result.append(Weighted(micro.source, batch, mlm_weight, task_weight))
         return result
 
+    def masked(self, source: str) -> bool:
+        """Whether masked LM is asked of it."""
+        return self.masking is not None and not (source == TASK and self.mlm_weight == 0)
+
     def examples(self, micro: MicroBatch) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """(inputs, targets) of each example of a micro-batch; targets None where masked LM is off."""
         sequence = self.sources[micro.source].sequence
-        if self.masking is None or (micro.source == TASK and self.mlm_weight == 0):
+        if not self.masked(micro.source):
             return [(sequence(i), None) for i in micro.examples]
         pairs = zip(micro.examples, micro.positions, strict=True)
         return [self.masking(sequence(i), micro.source, position) for i, position in pairs]

@@ -8,9 +8,10 @@ before them; three reference runs took 13 to 26% more.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
+from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
@@ -23,6 +24,7 @@ from tlm.prepare import arm_of, open_task
 
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
+EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
 
 
@@ -44,6 +46,8 @@ def plan(config: TrainConfig) -> dict:
     if result["arm"] == "tfidf":
         return result
 
+    if config.budget:
+        config = within_budget(config, task)
     shape, costs = shape_of(config, task), stage_costs(config, task)
     inside = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     parameters = inside + shape.vocabulary * (shape.hidden + 1) + 2 * shape.hidden**2
@@ -106,6 +110,27 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
             ),
         )
     return costs
+
+
+def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
+    """With about the steps that `budget` will pay for; training counts them anew, by the tokens. Raises InputError
+    where it is too small for one step of the joint stage.
+    """
+    many = 1000  # the count is linear in the steps, but for rounding
+    trial = replace(config, joint=replace(config.joint, steps=many), finetune=replace(config.finetune, steps=many))
+    per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
+    return with_steps(config, start_flops(config), per_step)
+
+
+def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float]) -> TrainConfig:
+    """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage."""
+    left, stages = config.budget - spent, {}
+    for name, share in (("joint", 1 - config.finetune.share), ("finetune", config.finetune.share)):
+        steps = max(0, round(share * left / per_step[name]))
+        if name == "joint" and not steps:
+            raise InputError(f"budget={config.budget:g}: too small for a step of the joint stage; raise it")
+        stages[name] = replace(getattr(config, name), steps=steps, eval_every=max(1, -(-steps // EVALUATIONS)))
+    return replace(config, **stages)
 
 
 def start_flops(config: TrainConfig) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from tasks.errors import InputError
 from tlm import engine as engines
-from tlm import evaluate, memory, warmstart
+from tlm import evaluate, memory, plan, warmstart
 from tlm.ahead import Ahead
 from tlm.averaging import Average
 from tlm.boards import Boards, check_boards, open_boards
@@ -27,7 +27,7 @@ from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, peak_rss_bytes
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
-from tlm.model import Transformer, compile_layers, forward_flops, load_model, save_model
+from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.precision import check_precision, products
@@ -92,6 +92,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     prepared = prepare(config, task, ledger, progress, world)
     meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
     model = new_model(config, prepared, device)
+    if config.budget:
+        config = within_budget(config, prepared, ledger.flops, world)
     joint, finetune = stages(config, prepared, world)
     checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints, 60 * config.timeout_minutes)
     tag = latest(run.checkpoints)
@@ -151,6 +153,26 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
             "finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)
         ),
     )
+
+
+def within_budget(config: TrainConfig, prepared: Prepared, spent: float, world: World) -> TrainConfig:
+    """With the steps that `budget` pays for, `spent` FLOPs being gone already."""
+    shape = prepared.shape(config.model)
+    per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in stages(config, prepared, world)}
+    return plan.with_steps(config, spent, per_step)
+
+
+def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:
+    """Of a step of the mean length; a ramp's mean batch is 5/8 of the full one."""
+    mixture, flops = stage.mixture, 0.0
+    for name, source in stage.objective.sources.items():
+        rate = stage.objective.masking.rate if stage.objective.masked(name) else 0.0
+        of_all = 3 * forward_flops(shape, source.lengths, rate * source.lengths.sum(), (name == TASK) * len(source))
+        share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle
+        flops += share * mixture.batch[name] * of_all / len(source)
+    full_steps = stage.config.accumulation * (1 - 3 / 8 * stage.config.batch_ramp)
+    own = muon_flops(shape.hidden, shape.intermediate, shape.layers) if optimizer == "muon" else 0
+    return full_steps * flops + own
 
 
 def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1: int, world: World) -> Mixture:
@@ -214,6 +236,9 @@ class Loop:
         stage, settings, meter = self.stage, self.stage.config, self.meter
         saved = time.perf_counter()
         self.model.train()
+        if stage.step == 0 and stage.keeps_best and self.config.finetune.head == "keep" and settings.eval_every:
+            with meter.paused("evaluation"):
+                self.score_dev(boards)  # where labels are few, the joint stage's weights may be the best
         while stage.step < settings.steps and not exhausted(stage):
             rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
             engines.set_rates(self.engine, settings, rate)

@@ -3,8 +3,8 @@
 - Runs are scored on dev. The test splits stay closed until `final=true`, which alone scores them and admits the
   held-out tasks, so that these show whether a recipe was fitted to its yardstick. (As everywhere, texts of test are
   read to keep their like out of training and selection.)
-- The steps follow from the budget by the count of `--dry-run`, the start of the embeddings included; what a run really
-  took stands in the table. Selection and tokenizing count in seconds, cached or not.
+- A run's steps follow from its budget (`tlm train budget=`), the start of the embeddings included. Selection and
+  tokenizing count in seconds, cached or not.
 - The score of a run is (metric - majority) / (1 - majority), where majority always says train's commonest label; that
   of a recipe is the mean over tasks and seeds.
 - A record is better than the last one of its budget on the whole yardstick with at least three seeds, p < 0.05.
@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -33,9 +33,9 @@ from tasks.errors import InputError
 from tasks.metrics import METRICS
 from tasks.types import Task
 from tlm.config import RecipeConfig, TrainConfig, load, validate
+from tlm import plan
 from tlm.curves import read_metrics
 from tlm.evaluate import test_scores
-from tlm.plan import stage_costs, start_flops
 from tlm.predict import open_run
 from tlm.prepare import open_task
 from tlm.progress import Progress
@@ -47,9 +47,8 @@ YARDSTICK = ("sciie", "chemprot", "imdb", "ag_news", "rct_pmc", "hyperpartisan",
 HELD_OUT = ("citation_intent", "scicite", "sst2", "helpfulness", "tweet_emotion", "banking77")
 FINAL = (*YARDSTICK, *HELD_OUT, "bbc_news")
 TRAIN_TEXTS = {"imdb": 1000, "ag_news": 500, "rct_pmc": 2000}  # of the others all
-FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "joint.steps", "finetune.steps")
+FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "budget", "joint.steps", "finetune.steps")
 TFIDF = "tfidf"  # the rival's runs lie in a folder of this name
-EVALUATIONS = 5  # on dev, a stage
 HELD_OUT_PASSAGES = 200
 PROGRAM = [sys.executable, "-m", "tlm", "train"]
 STARTS = 5  # of a run that is killed again and again
@@ -100,7 +99,6 @@ def bench(config: RecipeConfig) -> int:
         "split": split,
         "budget": config.budget,
         "recipe": config.recipe,
-        "finetune_share": config.finetune_share,
         "score": fmean(r["score"] for r in results),
         "compared": compare(results, opponent),
         "code": sorted({str(read_json(run.folder / "env.json")["git_commit"]) for run in runs}),
@@ -153,12 +151,10 @@ def recipe_runs(config: RecipeConfig, name: str, folder: Path) -> tuple[Task, li
     ]
     given = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "boards=[]", "keep_checkpoints=1"]
     given += [*own, *same_for_all(config, name), f"out={folder}", "test=false"]
+    given.append(f"budget={config.budget}")
     train = validate(load(TrainConfig, given))
-    task = open_task(train.task, train.data)
-    steps = steps_within(config.budget, config.finetune_share, train, task)
-    every = [f"{stage}.eval_every={max(1, -(-number // EVALUATIONS))}" for stage, number in steps.items()]
-    given = [*every, *given, *(f"{stage}.steps={number}" for stage, number in steps.items())]
-    runs = []
+    task, runs = open_task(train.task, train.data), []
+    plan.within_budget(train, task)  # raises where it is too small
     for seed in range(config.seeds):
         settings = [*given, f"seed={seed}", f"run={name}-{seed}"]
         runs.append(planned(name, seed, folder / f"{name}-{seed}", settings, config.budget))
@@ -180,18 +176,6 @@ def same_for_all(config: RecipeConfig, name: str) -> list[str]:
 def planned(task: str, seed: int, folder: Path, settings: list[str], flops: float = 0.0) -> Planned:
     Run(folder, validate(load(TrainConfig, settings)))  # raises where the folder holds something else
     return Planned(task, seed, folder, settings, flops)
-
-
-def steps_within(budget: float, finetune_share: float, train: TrainConfig, task: Task) -> dict[str, int]:
-    """Steps of each stage. Raises InputError where the budget is too small for one step of the joint stage."""
-    many = 1000  # the count is linear in the steps, but for rounding
-    trial = replace(train, joint=replace(train.joint, steps=many), finetune=replace(train.finetune, steps=many))
-    per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
-    shares = {"finetune": finetune_share * budget, "joint": (1 - finetune_share) * budget - start_flops(train)}
-    steps = {stage: round(max(0.0, shares[stage]) / per_step[stage]) for stage in ("joint", "finetune")}
-    if not steps["joint"]:
-        raise InputError(f"budget={budget:g}: too small for a step of the joint stage on {task.name}; raise it")
-    return steps
 
 
 def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
@@ -357,10 +341,7 @@ def keep_record(config: RecipeConfig, summary: dict, progress: Progress) -> int:
         )
         return 1
     folder = Path(config.records) / f"{len(read_records(config)) + 1:02d}-{config.record}"
-    lines = [
-        f"{name}: {json.dumps(getattr(config, name))}"
-        for name in ("name", "recipe", "finetune_share", "budget", "seeds")
-    ]
+    lines = [f"{name}: {json.dumps(getattr(config, name))}" for name in ("name", "recipe", "budget", "seeds")]
     write_text(folder / "config.yaml", "\n".join(["# tlm bench recipe config.yaml data=... corpus=...", *lines, ""]))
     write_json(folder / "summary.json", summary | {"name": folder.name})
     progress.say(f"a record: {folder}")

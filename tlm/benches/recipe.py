@@ -32,8 +32,8 @@ import numpy as np
 from tasks.errors import InputError
 from tasks.metrics import METRICS
 from tasks.types import Task
-from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm import plan
+from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm.curves import read_metrics
 from tlm.evaluate import test_scores
 from tlm.predict import open_run

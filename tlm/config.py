@@ -51,7 +51,10 @@ class RetrievalConfig:
     b: float = key(0.75, "BM25 length normalisation")
     k: int | None = key(None, "documents a query (the paper's rule by task size if absent: 5000, 500 or 50)")
     max_documents: int | None = key(None, "keep at most this many of the best ranked documents")
-    max_words: int | None = key(None, "keep the best ranked documents up to this many words")
+    max_words: int | None = key(
+        None,
+        "keep the best ranked documents up to this many words (absent: in tlm train, what the joint stage reads once)",
+    )
     memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
@@ -68,7 +71,11 @@ class ModelConfig:
     layers: int | None = key(None, "depth (by size if absent)")
     heads: int | None = key(None, "attention heads (by size if absent)")
     intermediate: int | None = key(None, "width of the gated MLP (by size if absent)")
-    max_length: int = key(128, "tokens a text, [CLS] and [SEP] included; longer external texts are cut into windows")
+    max_length: int | None = key(
+        None,
+        "tokens a text, [CLS] and [SEP] included; longer external texts are cut into windows (absent: 128 to 512, what "
+        "19 of 20 training texts need)",
+    )
     pooling: str = key("mean", "mean or cls")
     dropout: float = key(0.0, "dropout in the joint stage")
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+import numpy as np
+
 from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
@@ -24,6 +26,8 @@ from tlm.prepare import arm_of, open_task
 
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
+COVERED, LENGTHS = 0.95, (128, 512)  # share of the training texts that are read whole; bounds of `model.max_length`
+LEAST_WORDS = 100_000  # of a selection
 EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
 
@@ -31,6 +35,7 @@ LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads
 def plan(config: TrainConfig) -> dict:
     """Everything that `--dry-run` prints beside the configuration."""
     task = open_task(config.task, config.data)
+    config = fitted(config, task)
     lengths = {split: mean_length(task.texts(split), config.model.max_length) for split in task.splits}
     found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}
     found |= {
@@ -46,8 +51,6 @@ def plan(config: TrainConfig) -> dict:
     if result["arm"] == "tfidf":
         return result
 
-    if config.budget:
-        config = within_budget(config, task)
     shape, costs = shape_of(config, task), stage_costs(config, task)
     inside = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     parameters = inside + shape.vocabulary * (shape.hidden + 1) + 2 * shape.hidden**2
@@ -112,6 +115,25 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
     return costs
 
 
+def fitted(config: TrainConfig, task: Task) -> TrainConfig:
+    """With a length, steps and a bound of the selection that suit the task, where the configuration leaves them open.
+
+    More text than is read would only be text further from the task. Steps of a budget are an estimate here.
+    """
+    model, retrieval = config.model, config.retrieval
+    if model.max_length is None:
+        longest = np.quantile([tokens_of(text) for text in task.texts("train")], COVERED)
+        model = replace(model, max_length=int(np.clip(-(-longest // 64) * 64, *LENGTHS)))
+    config = replace(config, model=model)
+    if config.budget:
+        config = within_budget(config, task)
+    if config.corpus and not (retrieval.max_words or retrieval.max_documents):
+        rho1 = config.joint.external_per_task
+        tokens = stage_costs(config, task)["joint"].tokens * rho1 / (rho1 + 1)
+        retrieval = replace(retrieval, max_words=max(LEAST_WORDS, round(tokens / TOKENS_PER_WORD)))
+    return replace(config, retrieval=retrieval)
+
+
 def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
     """With about the steps that `budget` will pay for; training counts them anew, by the tokens. Raises InputError
     where it is too small for one step of the joint stage.
@@ -155,7 +177,12 @@ def shape_of(config: TrainConfig, task: Task) -> ModelShape:
 
 def mean_length(texts: Sequence[str], max_length: int) -> float:
     """Tokens a text."""
-    return fmean(min(TOKENS_PER_WORD * (text.count(" ") + 1) + 2, max_length) for text in texts)
+    return fmean(min(tokens_of(text), max_length) for text in texts)
+
+
+def tokens_of(text: str) -> float:
+    """About so many, [CLS] and [SEP] included."""
+    return TOKENS_PER_WORD * (text.count(" ") + 1) + 2
 
 
 def show(config: TrainConfig) -> None:

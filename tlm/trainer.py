@@ -88,7 +88,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         progress.say(f"{run.folder} is finished; its summary follows")
         return read_json(run.summary_path)
 
-    ledger = Ledger()
+    ledger, config = Ledger(), plan.fitted(config, task)
     prepared = prepare(config, task, ledger, progress, world)
     meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
     model = new_model(config, prepared, device)

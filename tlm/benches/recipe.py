@@ -154,7 +154,7 @@ def recipe_runs(config: RecipeConfig, name: str, folder: Path) -> tuple[Task, li
     given.append(f"budget={config.budget}")
     train = validate(load(TrainConfig, given))
     task, runs = open_task(train.task, train.data), []
-    plan.within_budget(train, task)  # raises where it is too small
+    plan.fitted(train, task)  # raises where it is too small
     for seed in range(config.seeds):
         settings = [*given, f"seed={seed}", f"run={name}-{seed}"]
         runs.append(planned(name, seed, folder / f"{name}-{seed}", settings, config.budget))

@@ -43,7 +43,8 @@ class DataConfig:
 class RetrievalConfig:
     selector: str = key("bm25", "bm25, or random (as many documents as bm25 would select)")
     engine: str = key(
-        "bm25", "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, opensearch"
+        "bm25",
+        "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, lucene, opensearch",
     )
     analyzer: str = key("english", "text -> terms: english (no stop words) or words")
     scoring: str = key("lucene", "BM25 variant")
@@ -226,8 +227,8 @@ class BenchConfig:
         metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
     )
     engines: list[str] = field(
-        default_factory=lambda: ["bm25", "bm25s"],
-        metadata={"help": "of bench retrieval: the contestants"},
+        default_factory=lambda: ["bm25", "bm25s", "lucene"],
+        metadata={"help": "of bench retrieval: the contestants (of these, those that are installed)"},
     )
     queries: int = key(2000, "of bench retrieval: training texts of each task that query")
     hidden: list[int] = field(
@@ -410,7 +411,7 @@ def sha256(config: Any) -> str:
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random"),
-    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "opensearch"),
+    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),

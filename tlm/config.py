@@ -182,6 +182,13 @@ class RetrieveConfig:
 
 
 @dataclass
+class CorpusConfig:
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: the indexes that are extended")
+    memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
 class DemoConfig:
     out: str = key("runs/demo", "folder of the demo's runs and report")
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
@@ -461,8 +468,9 @@ def validate(config: Any) -> Any:
                 near = difflib.get_close_matches(str(value), choices, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
                 raise InputError(f"{name}={value}: not a valid choice; {hint}")
-    if "retrieval.memory" in flat:
-        num_bytes("retrieval.memory", flat["retrieval.memory"])
+    for name in ("retrieval.memory", "memory"):
+        if name in flat:
+            num_bytes(name, flat[name])
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")

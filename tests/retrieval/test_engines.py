@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from slow_bm25 import as_pairs, slow_search
 
 from retrieval.analyze import ANALYZERS
-from retrieval.corpus import Corpus, Document, build_corpus
+from retrieval.corpus import Corpus, Document, add_documents, build_corpus
 from retrieval.engines import ENGINES
 from retrieval.scoring import SCORINGS
 from tasks.errors import InputError
@@ -172,6 +172,27 @@ def test_more_documents_reuse_the_shards_that_are_there(real_text, tmp_path):
     assert again.count(True) >= len(before) - 2 > 1  # all but the index's manifest and the last, shorter shard
     queries = [ENGLISH.terms(text) for text in real_text[::100]]
     assert as_pairs(engine.search(queries, 9)) == slow_search(texts_of(whole), ENGLISH, "lucene", 1.2, 0.75, queries, 9)
+
+
+@pytest.mark.parametrize("scoring", ["lucene", "okapi"])
+def test_an_index_that_was_extended_scores_as_one_that_was_built(scoring, real_text, tmp_path):
+    documents = [Document(str(i), text) for i, text in enumerate(real_text)]
+    queries = [ENGLISH.terms(text) for text in real_text[::60]]
+    whole = build_corpus(documents, tmp_path / "whole")
+    fresh = ENGINES["bm25"](whole, ENGLISH, scoring, 1.2, 0.75, tmp_path / "fresh", 1)
+    store, before, done = tmp_path / "store", set(), 900
+    build_corpus(documents[:900], store)
+    for last, memory in ((900, 1 << 20), (1100, 1 << 30), (1110, 1 << 30), (len(documents), 1 << 30)):
+        corpus = add_documents(documents[done:last], store)
+        engine = ENGINES["bm25"](corpus, ENGLISH, scoring, 1.2, 0.75, tmp_path / "index", 1, memory=memory)
+        names = [shard.folder.name for shard in engine.shards]
+        assert before <= set(names) or last == len(documents)  # whatever the memory is now
+        before, done = set(names), last
+    assert len(names) > 3
+    assert engine.shards[-1].documents > 500  # what was added before, joined with what is larger
+    for ours, theirs in zip(engine.search(queries, 30), fresh.search(queries, 30), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert engine.explain(queries[3], 1105) == fresh.explain(queries[3], 1105)
 
 
 def test_a_guess_from_a_sample_that_misleads_changes_nothing(tmp_path):

@@ -134,7 +134,7 @@ def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Cor
     are guessed: the text from TEXT_COLUMNS or as the only column, the id (else file:line), the source (else the file's
     name without endings). Raises InputError for what cannot be read, naming file and line.
     """
-    if "://" not in spec and folders.holds(Path(spec).expanduser(), KIND):
+    if is_store(spec):
         return Corpus(Path(spec).expanduser())
     paths = files.expand(spec)
     key = folders.key(files=[file_state(path) for path in paths], version=VERSION)
@@ -146,10 +146,14 @@ def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Cor
     return corpus
 
 
-def read_documents(paths: list[str]) -> Iterator[Document]:
-    """Documents of files, in the order of paths and lines. A missing text (null) is blank."""
+def is_store(spec: str) -> bool:
+    return "://" not in spec and folders.holds(Path(spec).expanduser(), KIND)
+
+
+def read_documents(paths: list[str], some: slice = slice(None)) -> Iterator[Document]:
+    """Documents of files (or of some of them), in the order of paths and lines. A missing text (null) is blank."""
     shared = os.path.commonpath([path.rpartition("/")[0] for path in paths]) if len(paths) > 1 else ""
-    for path in paths:
+    for path in paths[some]:
         name = path.removeprefix(shared).lstrip("/") if len(paths) > 1 else path.rpartition("/")[2]
         stem = path.rpartition("/")[2].split(".")[0]
         text_column = None
@@ -206,12 +210,12 @@ def _write(
     words, sources, new_digests = array("i"), array("I"), array("B")
     with (folder / "texts.bin").open("ab") as texts_file, (folder / "ids.bin").open("ab") as ids_file:
         for document in documents:
-            terms = _terms(document.text)
+            terms = terms_of(document.text)
             if not terms:
                 dropped["blank"] += 1
                 continue
             id = document.id.encode()
-            digest = _digest(b" ".join(terms), 16)
+            digest = digest_of(terms)
             if digest in seen_texts:
                 dropped["duplicates"] += 1
                 continue
@@ -261,11 +265,16 @@ def _hashed(id: bytes, source: bytes, text: bytes) -> bytes:
 _TERM_BYTES = bytes(ord(chr(b).lower()) if b < 0x80 and chr(b).isalnum() else 0x20 for b in range(256))
 
 
-def _terms(text: str) -> list[bytes]:
+def terms_of(text: str) -> list[bytes]:
     """Terms of the analyzer `words`, as bytes; for ASCII by a table, three times as fast."""
     if text.isascii():
         return text.encode().translate(_TERM_BYTES).split()
     return [term.encode() for term in ANALYZERS["words"].terms(text)]
+
+
+def digest_of(terms: list[bytes]) -> bytes:
+    """What two texts have in common that are the same but for case, white space and marks."""
+    return _digest(b" ".join(terms), 16)
 
 
 def _digest(content: bytes, size: int) -> bytes:

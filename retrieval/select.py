@@ -26,9 +26,10 @@ import numpy as np
 from retrieval import folders
 from retrieval.analyze import ANALYZERS
 from retrieval.baselines import random_rows
+from retrieval.cluster import Cluster
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import ENGINES, MEMORY
-from retrieval.engines.scan import Scan, Stream
+from retrieval.engines.scan import Stream
 from retrieval.leak import find_leaks
 from retrieval.queries import make_queries
 from retrieval.scoring import SCORINGS
@@ -112,6 +113,7 @@ def select(
     seed: int = 0,
     threads: int = 0,
     memory: int = MEMORY,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """The selection for a task, made under `cache` or found there.
@@ -120,7 +122,8 @@ def select(
     bound from another one: its words if it was cut by words, else its number of documents. The selector `random` draws
     documents by `seed` until the bound. Texts with more terms than `query_terms` query by their key terms.
     `memory`: bytes that building an index may take. A `Stream` is for the engine scan alone; it holds repeats, of which
-    the first stays, and is looked through for leaks only as far as it was found.
+    the first stays, and is looked through for leaks only as far as it was found. `cluster`: a Ray address (see
+    `retrieval.cluster`) whose machines read it.
     Raises InputError for unknown names and values out of range, and where nothing is found.
     """
     names = {"selector": SELECTORS, "engine": ENGINES, "analyzer": ANALYZERS, "scoring": SCORINGS}
@@ -133,6 +136,8 @@ def select(
             raise InputError(f"retrieval.{name}={bound} must be at least 1")
     if isinstance(corpus, Stream) and (selector, engine) != ("bm25", "scan"):
         raise InputError(f"files without a store are for retrieval.engine=scan alone, not for {selector} with {engine}")
+    if cluster and not isinstance(corpus, Stream):
+        raise InputError(f"retrieval.cluster={cluster} is for retrieval.engine=scan over files; leave it out")
     if like is not None:
         max_documents, max_words = _bounds_of(like)
     options = {"selector": selector, "max_documents": max_documents, "max_words": max_words}
@@ -157,7 +162,7 @@ def select(
     folder = Path(cache) / "selections" / key
 
     def write(new: Path) -> dict:
-        return _write(new, task, corpus, options, Path(cache), threads, memory, progress)
+        return _write(new, task, corpus, options, Path(cache), threads, memory, cluster, progress)
 
     folders.ensure(folder, KIND, VERSION, write)
     return Selection(folder)
@@ -177,6 +182,7 @@ def _write(
     cache: Path,
     threads: int,
     memory: int,
+    cluster: str | None,
     progress: Progress | None,
 ) -> dict:
     unseen = [*task.texts("dev"), *task.texts("test")]
@@ -188,10 +194,11 @@ def _write(
     if options["selector"] == "random":
         found = _all_at_random(len(corpus), options["seed"])
     else:
-        engine = ENGINES[options["engine"]](
-            corpus, ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes",
-            threads, progress, memory,
-        )  # fmt: skip
+        how = (ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes")
+        if cluster:
+            engine = Cluster(cluster, corpus, *how, threads, progress)
+        else:
+            engine = ENGINES[options["engine"]](corpus, *how, threads, progress, memory)
         seconds["index"] = engine.seconds
         with _timed(seconds, "search"):
             queries = make_queries(task.texts("train"), ANALYZERS[options["analyzer"]], options["query_terms"])
@@ -269,7 +276,7 @@ def _search(engine, queries: list[list[str]], k: int, progress: Progress | None)
     num_hits = np.zeros(len(queries), np.int32)
     parts, waiting = [], 0
     step = min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
-    if isinstance(engine, Scan):  # a batch is a pass through the corpus: let there be few
+    if getattr(engine, "in_passes", False):  # a batch is a pass through the corpus: let there be few
         engine.count(queries)
         step = max(HITS_A_SCAN // k, 1)
     for first in range(0, len(queries), step):

@@ -54,6 +54,9 @@ class RetrievalConfig:
     max_documents: int | None = key(None, "keep at most this many of the best ranked documents")
     max_words: int | None = key(None, "keep the best ranked documents up to this many words")
     memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
+    cluster: str | None = key(
+        None, "of engine=scan over files: a Ray address, or auto (the cluster of this machine, or else its own cores)"
+    )
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
 
@@ -400,6 +403,7 @@ def to_dict(config: Any) -> dict:
 NOT_THE_RESULT = (
     "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "timeout_minutes", "boards", "price_per_hour",
     "device", "compile", "activation_checkpointing", "micro_batch", "retrieval.memory",
+    "retrieval.cluster",
 )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def open_engine(
 
 
 class Scan:
-    seconds = 0.0
+    seconds, in_passes = 0.0, True
 
     def __init__(self, corpus, analyzer, scoring, k1, b, folder, threads, progress):
         self._corpus, self._analyzer, self._scoring = corpus, analyzer, scoring
@@ -179,7 +179,7 @@ class Scan:
             table[vocabulary.ids(list(slots_of))] = list(slots_of.values())
             empty = nothing_yet(len(queries[some]), 0)
             batches.append((batch, table, Best(hits.rows[some], hits.scores[some], empty.kept, empty.floors)))
-        unfinished = None if part else self._unfinished(queries, k, counts)
+        unfinished = None if part else self.unfinished(queries, k, counts)
         self._let_pass(vocabulary, batches, saturations, num_documents, unfinished)
         for _, _, best in batches:
             put_in_order(best)
@@ -214,8 +214,17 @@ class Scan:
 
     # The first pass
 
-    def count(self, queries: list[list[str]], given: Path | None = None) -> dict:
-        """What scoring these queries needs, counted unless an earlier pass did:
+    def count_part(self, queries: list[list[str]]) -> dict:
+        """As `count`, of documents that are but a part of the corpus: there may be none, and nothing is kept."""
+        return self._count(*self._terms_of(queries))
+
+    def count(
+        self,
+        queries: list[list[str]],
+        given: Path | None = None,
+        counting: Callable[[list[list[str]]], dict] | None = None,
+    ) -> dict:
+        """What scoring these queries needs, counted (by `counting`, if it is given) unless an earlier pass did:
 
         {"documents", "words", "df": {term: documents}, "most_counts": [[length, largest count], ...], "files": of a
         stream, the documents of each}.
@@ -223,7 +232,7 @@ class Scan:
         if not given and self._counts and all(term in self._counts["df"] for query in queries for term in query):
             return self._counts
         vocabulary, terms = self._terms_of(queries)
-        path = Path(given) if given else self.counts_path
+        path = Path(given) if given else self._counts_path
         known = self._read_counts(path)
         if known is None and given:
             raise InputError(f"{path}: no such file of statistics")
@@ -231,8 +240,11 @@ class Scan:
         if missing and given:
             raise InputError(f"{path}: does not say in how many documents {missing[0]!r} stands; leave it out")
         if known is None or missing:
-            known = self._count(vocabulary, terms)
-            self.keep_counts(known)
+            unfinished = self._counts_path.with_suffix(".unfinished.json")
+            known = counting(queries) if counting else self._count(vocabulary, terms, unfinished)
+            if not known["documents"]:
+                raise InputError("the corpus has no document; check its files")
+            self.write(self._counts_path, lambda half: half.write_text(json.dumps(known)))
         if not given:
             self._counts = known
             if isinstance(self._corpus, Stream):
@@ -240,12 +252,9 @@ class Scan:
         return known
 
     @property
-    def counts_path(self) -> Path:
+    def _counts_path(self) -> Path:
         key = folders.key(corpus=self._corpus.fingerprint, analyzer=self._analyzer.hash, version=VERSION)
         return self._folder / f"{key}.statistics.json"
-
-    def keep_counts(self, counts: dict) -> None:
-        self._write(self.counts_path, lambda half: half.write_text(json.dumps(counts)))
 
     def _terms_of(self, queries: list[list[str]]) -> tuple[Vocabulary, list[str]]:
         """The distinct terms, numbered in this order; those that the analyzer never yields stand in no text."""
@@ -266,10 +275,10 @@ class Scan:
             pass
         raise InputError(f"{path}: is not a file of statistics; delete it and it is made again")
 
-    def _count(self, vocabulary: Vocabulary, terms: list[str]) -> dict:
+    def _count(self, vocabulary: Vocabulary, terms: list[str], unfinished: Path | None = None) -> dict:
+        """`unfinished`: where to save."""
         df, words, documents, most = np.zeros(max(len(terms), 1), np.int64), 0, 0, {}
-        unfinished, saved = self.counts_path.with_suffix(".unfinished.json"), time.monotonic()
-        half_way = self._read_counts(unfinished)
+        saved, half_way = time.monotonic(), self._read_counts(unfinished) if unfinished else None
         if half_way and list(half_way["df"]) == terms:
             df[: len(terms)], most = list(half_way["df"].values()), dict(half_way["most_counts"])
             words, documents = half_way["words"], half_way["documents"]
@@ -287,9 +296,9 @@ class Scan:
 
         def save() -> None:
             state = json.dumps(counted())
-            self._write(unfinished, lambda half: half.write_text(state))
+            self.write(unfinished, lambda half: half.write_text(state))
 
-        with ThreadPoolExecutor(self._threads) as pool, _kept_on_errors(save):
+        with ThreadPoolExecutor(self._threads) as pool, _kept_on_errors(save if unfinished else None):
             chunks = self._chunks(documents)
             for (first, texts), ends, bounds, found, counts in _ahead(pool, count, chunks, self._threads):
                 df += np.bincount(found, minlength=len(df))
@@ -301,12 +310,11 @@ class Scan:
                     most[length] = max(most.get(length, 0), value)
                 if self._progress:
                     self._progress(documents, None, "counting")
-                if time.monotonic() - saved > SECONDS_A_SAVE:
+                if unfinished and time.monotonic() - saved > SECONDS_A_SAVE:
                     save()
                     saved = time.monotonic()
-        if not documents:
-            raise InputError("the corpus has no document; check its files")
-        unfinished.unlink(missing_ok=True)
+        if unfinished:
+            unfinished.unlink(missing_ok=True)
         return counted()
 
     # The second pass
@@ -361,7 +369,7 @@ class Scan:
                 addition.kept[:] = 0
                 np.maximum(addition.floors, best.floors, out=addition.floors)
 
-    def _unfinished(self, queries: list[list[str]], k: int, counts: dict) -> Path:
+    def unfinished(self, queries: list[list[str]], k: int, counts: dict) -> Path:
         """Where this very search saves what it has found."""
         key = folders.key(
             corpus=self._corpus.fingerprint, analyzer=self._analyzer.hash, scoring=self._scoring, k1=self._k1,
@@ -376,7 +384,7 @@ class Scan:
             with half.open("wb") as file:
                 np.savez(file, done=done, **arrays)
 
-        self._write(path, write)
+        self.write(path, write)
 
     def _load(self, path: Path, bests: list[Best]) -> int:
         """Fills `bests` with what an earlier, killed search has found; returns how many documents it has seen."""
@@ -391,7 +399,7 @@ class Scan:
         except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: is damaged; delete it and the search starts again") from error
 
-    def _write(self, path: Path, write) -> None:
+    def write(self, path: Path, write) -> None:
         half = path.with_name(f".{path.name}.half")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 
@@ -163,8 +164,9 @@ def connect(address: str, threads: int):
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     packages = {"py_modules": [str(Path(package.__file__).parent) for package in (retrieval, tasks)]}
     try:
-        ray.init(address, runtime_env=packages, **quiet)
-    except ConnectionError as error:
+        with catch_warnings(action="ignore"):
+            ray.init(address, runtime_env=packages, **quiet)
+    except (ConnectionError, ValueError) as error:
         if address != "auto":
             raise InputError(f"retrieval.cluster={address}: no Ray answers there; start it with `ray start`") from error
         ray.init(num_cpus=threads, include_dashboard=False, **quiet)

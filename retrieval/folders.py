@@ -161,7 +161,7 @@ def _named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        reason = error.strerror or error
+        reason = error.strerror or os.strerror(errno.ENOSPC)  # NumPy says but that it wrote less than it wanted
         raise InputError(f"{folder} cannot be written ({reason}); free some space or name another place") from error

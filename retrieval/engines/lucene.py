@@ -128,7 +128,7 @@ class Java:
         try:
             return function(*arguments)
         except self._error as error:
-            raise InputError(f"Lucene failed: {' '.join(str(error).split())}") from None
+            raise InputError(f"Lucene failed: {error.classname}: {error.innermessage}") from None
 
     def open_writer(self, folder: Path):
         config = self._config(self._analyzer)

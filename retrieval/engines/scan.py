@@ -90,8 +90,11 @@ class Stream:
             self.counts = counts
 
     def fetch(self, rows: np.ndarray, folder: Path) -> tuple[Corpus, np.ndarray]:
-        """The documents at some ascending rows as a store, repeats left out; and the row of each int64[len(store)]."""
-        kept, digests = [], set()
+        """The documents at some ascending rows as a store, repeats left out; and the row of each int64[len(store)].
+
+        Raises InputError where one of them has the id of another.
+        """
+        kept, digests, rows_of = [], set(), {}
 
         def wanted() -> Iterator[Document]:
             starts = np.cumsum([0, *self.counts])
@@ -103,7 +106,13 @@ class Stream:
                         digest = digest_of(terms_of(document.text))
                         if digest not in digests:
                             digests.add(digest)
-                            kept.append(starts[number] + seen - 1)
+                            kept.append(int(starts[number]) + seen - 1)
+                            first = rows_of.setdefault(document.id, kept[-1])
+                            if first != kept[-1]:
+                                raise InputError(
+                                    f"{self.paths[number]}: the id {document.id!r} repeats: rows {first} and "
+                                    f"{kept[-1]} of {self.spec} have it; give each document its own, or none"
+                                )
                             yield document
                     if not left:
                         break
@@ -407,7 +416,7 @@ class Scan:
             half.replace(path)
         except OSError as error:
             half.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written ({error.strerror}); free some space") from error
+            raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """The engine scan on many machines, by Ray: a file is counted, and then scored, by whichever worker is free.
 
-Files are read where they lie, by their own addresses, and only counts and the K best of each file come back. Counts are
-added up over all files before the first is scored, and what is found is merged by score and row, so that the result is
-scan's to the bit. A task keeps nothing: what a worker was at that died is done again by another. What has been found is
-saved each minute, and when a file cannot be read: the same selection goes on there.
+Files are read where they lie, by their own addresses; what comes back is counts, the K best of each file, and the texts
+of what was found. Counts are added up over all files before the first is scored, and what is found is merged by score
+and row, so that the result is scan's to the bit. A task keeps nothing: what a worker was at that died is done again by
+another. What has been found is saved each minute, and when a file cannot be read: the same selection goes on there.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,9 @@ import numpy as np
 import retrieval
 import tasks
 from retrieval.analyze import Analyzer
-from retrieval.corpus import Progress
+from retrieval.corpus import Corpus, Document, Progress
 from retrieval.engines import ENGINES, Hits, num_threads
-from retrieval.engines.scan import SECONDS_A_SAVE, Stream
+from retrieval.engines.scan import SECONDS_A_SAVE, Stream, documents_at
 from tasks.errors import InputError
 
 TRIES = 5  # of a file whose worker dies; a file that kills each of them ends the search
@@ -76,7 +76,7 @@ class Cluster:
 
         given, saved = [self._ray.put(value) for value in (queries, counts)], time.monotonic()
         try:
-            for number, hits in self._of_each(score_file, sorted(left), given[0], k, given[1]):
+            for number, hits in self._of_each(score_file, self._of_files(sorted(left)), given[0], k, given[1]):
                 rows = np.where(hits.rows >= 0, hits.rows + starts[number], -1)
                 found = merge(found, Hits(rows, hits.scores))
                 left.remove(number)
@@ -91,6 +91,17 @@ class Cluster:
         unfinished.unlink(missing_ok=True)
         return found
 
+    def fetch(self, rows: np.ndarray, folder: Path) -> tuple[Corpus, np.ndarray]:
+        """See `Stream.fetch`."""
+        paths = self._ray.put(self._stream.paths)
+
+        def reading(_, numbers: list[int], inner: list[list[int]]) -> Iterator[list[Document]]:
+            jobs = dict(zip(numbers, zip(numbers, inner, strict=True), strict=True))
+            ready = dict(self._of_each(fetch_file, jobs, paths))
+            return (ready[number] for number in numbers)
+
+        return self._stream.fetch(rows, folder, reading)
+
     def explain_text(self, query: list[str], text: str) -> dict[str, float]:
         """See `Scan.explain_text`."""
         return self._scan.explain_text(query, text)
@@ -98,7 +109,7 @@ class Cluster:
     def _count(self, queries: list[list[str]]) -> dict:
         files, given = [0] * len(self._stream.paths), self._ray.put(queries)
         documents, words, df, most = 0, 0, {}, {}
-        for done, (number, part) in enumerate(self._of_each(count_file, range(len(files)), given), 1):
+        for done, (number, part) in enumerate(self._of_each(count_file, self._of_files(range(len(files))), given), 1):
             files[number] = part["documents"]
             documents, words = documents + part["documents"], words + part["words"]
             df = {term: df.get(term, 0) + part["df"][term] for term in part["df"]}
@@ -108,14 +119,17 @@ class Cluster:
                 self._progress(done, len(files), "files counted")
         return {"documents": documents, "words": words, "df": df, "most_counts": sorted(most.items()), "files": files}
 
-    def _of_each(self, function, numbers, *arguments) -> Iterator[tuple[int, object]]:
-        """(number, function(open, path, *arguments)) of files in the order in which they are ready."""
+    def _of_files(self, numbers: Iterable[int]) -> dict[int, tuple]:
+        return {number: (self._open, self._stream.paths[number]) for number in numbers}
+
+    def _of_each(self, function, jobs: dict[int, tuple], *arguments) -> Iterator[tuple[int, object]]:
+        """(number of a file, function(*its job, *arguments)), in the order in which they are ready."""
         task = self._ray.remote(num_cpus=1, max_retries=TRIES)(function)
-        numbers, waiting = iter(numbers), {}
+        left, waiting = iter(jobs.items()), {}
         while True:
             room = AHEAD * int(self._ray.cluster_resources().get("CPU", 1)) - len(waiting)
-            for number in islice(numbers, max(room, 0)):
-                waiting[task.remote(self._open, self._stream.paths[number], *arguments)] = number
+            for number, job in islice(left, max(room, 0)):
+                waiting[task.remote(*job, *arguments)] = number
             if not waiting:
                 return
             (ready,), _ = self._ray.wait(list(waiting), num_returns=1)
@@ -139,6 +153,10 @@ def count_file(open_scan, path: str, queries: list[list[str]]) -> dict:
 
 def score_file(open_scan, path: str, queries: list[list[str]], k: int, counts: dict) -> Hits:
     return open_scan(Stream(path)).search_part(queries, k, counts)
+
+
+def fetch_file(number: int, rows: list[int], paths: list[str]) -> list[Document]:
+    return documents_at(paths, number, rows)
 
 
 def merge(one: Hits, other: Hits) -> Hits:

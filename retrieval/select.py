@@ -212,7 +212,7 @@ def _write(
     documents = len(corpus)
     if stream is not None:  # from here on the documents that were found stand for it
         with _timed(seconds, "fetch"):
-            corpus, rows_there = stream.fetch(np.sort(found.rows), folder / FETCHED)
+            corpus, rows_there = engine.fetch(np.sort(found.rows), folder / FETCHED)
         found = found.at(np.isin(found.rows, rows_there))
         found = found._replace(rows=np.searchsorted(rows_there, found.rows))
         leaks = find_leaks(corpus, unseen, cache, threads, progress)

@@ -16,6 +16,7 @@ that occurs and the largest count of a term in documents of that length.
 """
 
 import hashlib
+import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,9 @@ def open_engine(
     shard_bytes = max(memory // MEMORY_PER_TEXT // threads, 1)
     write = partial(_write, corpus, analyzer, folder, shard_bytes, threads, progress)
     manifest = folders.ensure(place, KIND, VERSION, lambda new: write())
+    if not all((folder / name / folders.MANIFEST).exists() for name in manifest["shards"]):
+        shutil.rmtree(place)  # it holds names alone; the shards that are there stay
+        manifest = folders.ensure(place, KIND, VERSION, lambda new: write())
     return BM25(place, manifest, analyzer, SCORINGS[scoring], k1, b, threads)
 
 
@@ -91,10 +95,8 @@ def place_of(folder: Path, fingerprint: str, analyzer: Analyzer) -> Path:
 class Shard:
     """Documents `first` and following of the corpus, opened."""
 
-    def __init__(self, folder: Path, first: int, analyzer: Analyzer, index: Path):
+    def __init__(self, folder: Path, first: int, analyzer: Analyzer):
         manifest = folders.load(folder, SHARD_KIND, VERSION)
-        if manifest is None:
-            raise InputError(f"the index's shard {folder} is gone; delete {index} and it is made again")
         self.folder, self.first, self.documents = folder, first, manifest["documents"]
         self.vocabulary = Vocabulary.load(folder, analyzer)
         self.postings = np.asarray(np.memmap(folder / "postings.bin", np.uint8, "r"))
@@ -129,7 +131,7 @@ class BM25:
         self.folder, self.seconds = folder, manifest["seconds"]
         self.shards: list[Shard] = []
         for name in manifest["shards"]:
-            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer, folder))
+            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer))
         self._scoring, self._threads = scoring, threads
         self._saturations = self._make_saturations(manifest["words"], k1, b)
         self._merged, self._all_idf = self._all_terms(analyzer) if scoring.of_all_terms else (None, None)

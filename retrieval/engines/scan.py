@@ -9,10 +9,11 @@ same documents with the same scores. What a pass has found is saved each minute:
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ class Stream:
                 first -= self.counts[number]
                 continue
             seen = 0
-            for seen, document in self._file(number):
+            for seen, document in enumerate(documents_of(self.paths, number), 1):
                 if seen > first:
                     yield document
             first = max(first - seen, 0)
@@ -89,43 +90,51 @@ class Stream:
         if len(counts) == len(self.paths):
             self.counts = counts
 
-    def fetch(self, rows: np.ndarray, folder: Path) -> tuple[Corpus, np.ndarray]:
+    def fetch(
+        self, rows: np.ndarray, folder: Path, reading: Callable[..., Iterable[list[Document]]] = map
+    ) -> tuple[Corpus, np.ndarray]:
         """The documents at some ascending rows as a store, repeats left out; and the row of each int64[len(store)].
 
-        Raises InputError where one of them has the id of another.
+        `reading` does of(number of a file, its rows) for all files that have any. Raises InputError where one of the
+        documents has the id of another.
         """
         kept, digests, rows_of = [], set(), {}
+        starts = np.cumsum([0, *self.counts])
+        parts = np.split(rows, np.searchsorted(rows, starts[1:-1]))
+        numbers = [number for number, part in enumerate(parts) if len(part)]
+        inner = [(parts[number] - starts[number]).tolist() for number in numbers]
 
         def wanted() -> Iterator[Document]:
-            starts = np.cumsum([0, *self.counts])
-            for number, inner in enumerate(np.split(rows, np.searchsorted(rows, starts[1:-1]))):
-                left = set((inner - starts[number]).tolist())
-                for seen, document in self._file(number) if left else ():
-                    if seen - 1 in left:
-                        left.remove(seen - 1)
-                        digest = digest_of(terms_of(document.text))
-                        if digest not in digests:
-                            digests.add(digest)
-                            kept.append(int(starts[number]) + seen - 1)
-                            first = rows_of.setdefault(document.id, kept[-1])
-                            if first != kept[-1]:
-                                raise InputError(
-                                    f"{self.paths[number]}: the id {document.id!r} repeats: rows {first} and "
-                                    f"{kept[-1]} of {self.spec} have it; give each document its own, or none"
-                                )
-                            yield document
-                    if not left:
-                        break
+            documents = chain.from_iterable(reading(partial(documents_at, self.paths), numbers, inner))
+            for row, document in zip(rows.tolist(), documents, strict=True):
+                digest = digest_of(terms_of(document.text))
+                if digest in digests:
+                    continue
+                digests.add(digest)
+                kept.append(row)
+                if rows_of.setdefault(document.id, row) != row:
+                    raise InputError(
+                        f"{self.spec}: the id {document.id!r} repeats: rows {rows_of[document.id]} and {row} have it; "
+                        "give each document its own, or none"
+                    )
+                yield document
 
         return build_corpus(wanted(), folder, self.paths), np.array(kept, np.int64)
 
     def __getitem__(self, row: int) -> Document:
         return next(self.documents(row))
 
-    def _file(self, number: int) -> Iterator[tuple[int, Document]]:
-        """(how many there were so far, document)."""
-        documents = read_documents(self.paths, slice(number, number + 1))
-        return enumerate((document for document in documents if TERM.search(document.text)), 1)
+
+def documents_of(paths: list[str], number: int) -> Iterator[Document]:
+    """Of one of the files, blank texts left out."""
+    return (document for document in read_documents(paths, slice(number, number + 1)) if TERM.search(document.text))
+
+
+def documents_at(paths: list[str], number: int, rows: list[int]) -> list[Document]:
+    """At ascending rows of one of the files."""
+    wanted = set(rows)
+    documents = islice(documents_of(paths, number), rows[-1] + 1)
+    return [document for row, document in enumerate(documents) if row in wanted]
 
 
 def open_engine(
@@ -197,6 +206,10 @@ class Scan:
     def explain(self, query: list[str], row: int) -> dict[str, float]:
         """What each term of the query adds to the score of one document; terms that it lacks are left out."""
         return self.explain_text(query, self._corpus[row].text)
+
+    def fetch(self, rows: np.ndarray, folder: Path) -> tuple[Corpus, np.ndarray]:
+        """See `Stream.fetch`."""
+        return self._corpus.fetch(rows, folder)
 
     def explain_text(self, query: list[str], text: str) -> dict[str, float]:
         terms, counts = self._analyzer.terms(text), self.count([query])

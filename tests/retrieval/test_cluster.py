@@ -12,7 +12,9 @@ from test_engines import ENGLISH
 from retrieval.cluster import Cluster, merge
 from retrieval.engines import ENGINES, Hits
 from retrieval.engines.scan import Stream
+from retrieval.select import Selection
 from tasks.errors import InputError
+from tlm.cli import main
 
 SCORED = (ENGLISH, "lucene", 1.2, 0.75)
 
@@ -77,6 +79,18 @@ def test_a_file_that_vanishes_is_named_and_a_rerun_goes_on(workers, files, real_
     assert [done for done, _, _ in seen] == list(range(scored + 1, 9))
     assert np.array_equal(again.rows, expected.rows)
     assert np.array_equal(again.scores, expected.scores)
+
+
+def test_a_selection_by_the_command_line_is_scans(workers, files, tiny_task, tmp_path):
+    arguments = [f"task={tiny_task}", f"corpus={files.spec}", "retrieval.engine=scan", "retrieval.k=9", "threads=1"]
+    chosen = {}
+    for name, more in {"one": [], "many": ["retrieval.cluster=auto"]}.items():
+        out = tmp_path / name
+        assert main(["retrieve", *arguments, f"out={out}", f"cache={tmp_path / f'{name}-cache'}", *more]) == 0
+        chosen[name] = (out / "selection.jsonl.gz").read_bytes(), Selection(out)
+    assert chosen["one"][0] == chosen["many"][0]
+    assert np.array_equal(chosen["one"][1].rows, chosen["many"][1].rows)
+    assert len({row // 400 for row in chosen["one"][1].rows.tolist()}) > 3  # from several files
 
 
 def test_merge_keeps_the_best_by_score_and_then_row():

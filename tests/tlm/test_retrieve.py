@@ -95,7 +95,7 @@ def test_scan_of_files_keeps_the_first_of_repeats_and_drops_leaks(tiny_task, tmp
     assert "1 documents that overlap" in capsys.readouterr().out
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text, "id": "x"}) + "\n" for text in texts))
     assert main(["retrieve", *arguments, "retrieval.engine=scan", f"out={tmp_path / 'out'}"]) == 2
-    assert "the id 'x' repeats: rows 0 and 1 of" in capsys.readouterr().err
+    assert "the id 'x' repeats: rows 0 and 1 have it" in capsys.readouterr().err
 
 
 def test_a_file_that_vanishes_in_the_middle_and_comes_back(four_files, tiny_task, tmp_path, monkeypatch, capsys):

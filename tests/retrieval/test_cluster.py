@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -32,7 +35,7 @@ def workers():
 def files(real_text, tmp_path):
     """Eight files, one of them with a blank text alone."""
     for number in range(8):
-        texts = [" "] if number == 3 else [f"{text} n{i % 50}" for i in range(20) for text in real_text[number::40]]
+        texts = [" "] if number == 3 else [f"{text} n{i % 50}" for i in range(60) for text in real_text[number::40]]
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (tmp_path / f"{number}.jsonl").write_text("".join(lines))
     return Stream(str(tmp_path / "*.jsonl"))
@@ -45,13 +48,17 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(workers, files, r
 
     def kill_one(done: int, total: int, what: str) -> None:
         assert total == 8
-        at_work = [p for p in psutil.Process().children(recursive=True) if "ray::" in p.name() and "_file" in p.name()]
-        if at_work and len([w for w in killed if w == what]) < 1:
-            os.kill(at_work[0].pid, signal.SIGKILL)
-            killed.append(what)
+        until = time.monotonic() + (0.5 if what not in killed else 0)
+        while time.monotonic() < until:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if re.match("ray::(count|score)_file", process.name()):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(what)
+                        return
 
     found = Cluster("auto", files, *SCORED, tmp_path / "many", progress=kill_one).search(queries, 40)
-    assert killed == ["files counted", "files scored"]
+    assert killed == ["files counted", "files scored"]  # one of the two workers each, while it was at a file
     assert np.array_equal(found.rows, expected.rows)
     assert np.array_equal(found.scores, expected.scores)
     assert not list((tmp_path / "many").glob("*unfinished*"))
@@ -90,7 +97,7 @@ def test_a_selection_by_the_command_line_is_scans(workers, files, tiny_task, tmp
         chosen[name] = (out / "selection.jsonl.gz").read_bytes(), Selection(out)
     assert chosen["one"][0] == chosen["many"][0]
     assert np.array_equal(chosen["one"][1].rows, chosen["many"][1].rows)
-    assert len({row // 400 for row in chosen["one"][1].rows.tolist()}) > 3  # from several files
+    assert len({row // 1200 for row in chosen["one"][1].rows.tolist()}) > 3  # from several files
 
 
 def test_merge_keeps_the_best_by_score_and_then_row():

@@ -136,9 +136,7 @@ class Cluster:
             try:
                 result = self._ray.get(ready)
             except self._ray.exceptions.RayTaskError as error:
-                for other in waiting:
-                    self._ray.cancel(other)
-                if isinstance(error.cause, InputError):
+                if isinstance(error.cause, InputError):  # others run to their end: cancelling can crash Ray 2.60 here
                     raise InputError(str(error.cause)) from None
                 raise
             except self._ray.exceptions.RayError as error:

@@ -13,9 +13,10 @@ found again by the hash of all that made it.
 import gzip
 import hashlib
 import json
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,10 @@ import numpy as np
 from retrieval import folders
 from retrieval.analyze import ANALYZERS
 from retrieval.baselines import random_rows
+from retrieval.cluster import Cluster
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import ENGINES, MEMORY
+from retrieval.engines.scan import Stream
 from retrieval.leak import find_leaks
 from retrieval.queries import make_queries
 from retrieval.scoring import SCORINGS
@@ -37,6 +40,8 @@ KIND, VERSION = "selection", 1
 SELECTORS = ("bm25", "random")
 QUERIES_A_BATCH = 2_048  # as many as the engine bm25 takes at once; fewer where they would have more hits than:
 HITS_IN_MEMORY = 4_000_000
+HITS_A_SCAN = 16_000_000  # 16 bytes each, in each thread
+FETCHED = "fetched"
 EXPLAINED_DOCUMENTS = 500
 SHOWN = 3
 
@@ -91,7 +96,7 @@ def paper_k(num_queries: int) -> int:
 
 def select(
     task: Task,
-    corpus: Corpus,
+    corpus: Corpus | Stream,
     *,
     cache: Path,
     selector: str = "bm25",
@@ -108,6 +113,7 @@ def select(
     seed: int = 0,
     threads: int = 0,
     memory: int = MEMORY,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """The selection for a task, made under `cache` or found there.
@@ -115,7 +121,9 @@ def select(
     `k`: documents a query, by `paper_k` if None. `max_documents` and `max_words` bound the selection; `like` takes the
     bound from another one: its words if it was cut by words, else its number of documents. The selector `random` draws
     documents by `seed` until the bound. Texts with more terms than `query_terms` query by their key terms.
-    `memory`: bytes that building an index may take.
+    `memory`: bytes that building an index may take. A `Stream` is for the engine scan alone; it holds repeats, of which
+    the first stays, and is looked through for leaks only as far as it was found. `cluster`: a Ray address (see
+    `retrieval.cluster`) whose machines read it.
     Raises InputError for unknown names and values out of range, and where nothing is found.
     """
     names = {"selector": SELECTORS, "engine": ENGINES, "analyzer": ANALYZERS, "scoring": SCORINGS}
@@ -126,6 +134,10 @@ def select(
     for name, bound in bounds.items():
         if bound is not None and bound < 1:
             raise InputError(f"retrieval.{name}={bound} must be at least 1")
+    if isinstance(corpus, Stream) and (selector, engine) != ("bm25", "scan"):
+        raise InputError(f"files without a store are for retrieval.engine=scan alone, not for {selector} with {engine}")
+    if cluster and not isinstance(corpus, Stream):
+        raise InputError(f"retrieval.cluster={cluster} is for retrieval.engine=scan over files; leave it out")
     if like is not None:
         max_documents, max_words = _bounds_of(like)
     options = {"selector": selector, "max_documents": max_documents, "max_words": max_words}
@@ -150,7 +162,7 @@ def select(
     folder = Path(cache) / "selections" / key
 
     def write(new: Path) -> dict:
-        return _write(new, task, corpus, options, Path(cache), threads, memory, progress)
+        return _write(new, task, corpus, options, Path(cache), threads, memory, cluster, progress)
 
     folders.ensure(folder, KIND, VERSION, write)
     return Selection(folder)
@@ -165,23 +177,28 @@ def _bounds_of(like: Selection) -> tuple[int | None, int | None]:
 def _write(
     folder: Path,
     task: Task,
-    corpus: Corpus,
+    corpus: Corpus | Stream,
     options: dict,
     cache: Path,
     threads: int,
     memory: int,
+    cluster: str | None,
     progress: Progress | None,
 ) -> dict:
     unseen = [*task.texts("dev"), *task.texts("test")]
-    leaks = find_leaks(corpus, unseen, cache, threads, progress)
-    seconds = {"leaks": leaks.seconds}  # what each part takes, also where it lay in the cache
+    stream = corpus if isinstance(corpus, Stream) else None
+    seconds = {}  # what each part takes, also where it lay in the cache
+    if stream is None:
+        leaks = find_leaks(corpus, unseen, cache, threads, progress)
+        seconds["leaks"] = leaks.seconds
     if options["selector"] == "random":
         found = _all_at_random(len(corpus), options["seed"])
     else:
-        engine = ENGINES[options["engine"]](
-            corpus, ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes",
-            threads, progress, memory,
-        )  # fmt: skip
+        how = (ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes")
+        if cluster:
+            engine = Cluster(cluster, corpus, *how, threads, progress)
+        else:
+            engine = ENGINES[options["engine"]](corpus, *how, threads, progress, memory)
         seconds["index"] = engine.seconds
         with _timed(seconds, "search"):
             queries = make_queries(task.texts("train"), ANALYZERS[options["analyzer"]], options["query_terms"])
@@ -192,19 +209,33 @@ def _write(
             f"no document of the corpus shares a term with any of the {len(task.splits['train'])} training texts of "
             f"{task.name}; choose a corpus in the task's language"
         )
+    documents = len(corpus)
+    if stream is not None:  # from here on the documents that were found stand for it
+        with _timed(seconds, "fetch"):
+            corpus, rows_there = engine.fetch(np.sort(found.rows), folder / FETCHED)
+        found = found.at(np.isin(found.rows, rows_there))
+        found = found._replace(rows=np.searchsorted(rows_there, found.rows))
+        leaks = find_leaks(corpus, unseen, cache, threads, progress)
+        seconds["leaks"] = leaks.seconds
     leaking = np.isin(found.rows, leaks.rows)
     kept = _cut(found.at(~leaking), corpus, options)
     if not len(kept.rows):
         raise InputError(f"of {len(found.rows)} documents none is left: all leak, or max_words is below the first's")
     with _timed(seconds, "write"):
         digest = _write_lines(folder, task, corpus, kept, progress)
-        for name, column in kept._asdict().items():
+        columns = kept._asdict() | {"leaks": leaks.rows}
+        if stream is not None:
+            columns |= {name: rows_there[columns[name]] for name in ("rows", "leaks")}
+        for name, column in columns.items():
             np.save(folder / f"{name}.npy", column)
-        np.save(folder / "leaks.npy", leaks.rows)
     manifest = {
         "task": task.name,
         "train_texts": len(task.splits["train"]),
-        "corpus": {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint, "documents": len(corpus)},
+        "corpus": {
+            "folder": stream.spec if stream is not None else str(corpus.folder),
+            "fingerprint": (corpus if stream is None else stream).fingerprint,
+            "documents": documents,
+        },
         "options": options,
         "documents": len(kept.rows),
         "words": int(corpus.words[kept.rows].sum()),
@@ -224,7 +255,12 @@ def _write(
     if options["selector"] != "random":
         manifest["found"] = len(found.rows)
         manifest["queries"] = _query_report(task, queries, hits)
-        manifest["terms"] = _strongest_terms(engine, queries, kept)
+        explain = (
+            (lambda query, row: engine.explain_text(query, corpus[row].text)) if stream is not None else engine.explain
+        )
+        manifest["terms"] = _strongest_terms(explain, queries, kept)
+    if stream is not None:
+        shutil.rmtree(folder / FETCHED)
     return manifest
 
 
@@ -240,6 +276,9 @@ def _search(engine, queries: list[list[str]], k: int, progress: Progress | None)
     num_hits = np.zeros(len(queries), np.int32)
     parts, waiting = [], 0
     step = min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
+    if getattr(engine, "in_passes", False):  # a batch is a pass through the corpus: let there be few
+        engine.count(queries)
+        step = max(HITS_A_SCAN // k, 1)
     for first in range(0, len(queries), step):
         hits = engine.search(queries[first : first + step], k)
         query, place = np.nonzero(hits.rows >= 0)
@@ -323,11 +362,11 @@ def _query_report(task: Task, queries: list[list[str]], hits: np.ndarray) -> dic
     }
 
 
-def _strongest_terms(engine, queries: list[list[str]], found: Found) -> dict[str, float]:
+def _strongest_terms(explain: Callable, queries: list[list[str]], found: Found) -> dict[str, float]:
     """The ten terms that add most to the scores of the first documents."""
     adds = Counter()
     for row, query in zip(found.rows[:EXPLAINED_DOCUMENTS], found.queries, strict=False):
-        adds.update(engine.explain(queries[query], int(row)))
+        adds.update(explain(queries[query], int(row)))
     return {term: round(score, 1) for term, score in adds.most_common(10)}
 
 

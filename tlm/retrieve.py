@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from retrieval.corpus import is_store
+from retrieval.engines.scan import Stream
 from tasks.errors import InputError
 from tlm.config import RetrieveConfig
 from tlm.ledger import Ledger
@@ -17,7 +19,10 @@ def retrieve(config: RetrieveConfig) -> int:
     if out.exists() and any(out.iterdir()) and not (out / LAST).exists():
         raise InputError(f"{out}: is not empty and holds no selection; choose another out=DIR")
     task = open_task(config.task, config.data)
-    corpus = open_corpus(config.corpus, cache, Ledger(), progress)
+    if config.retrieval.engine == "scan" and config.retrieval.selector == "bm25" and not is_store(config.corpus):
+        corpus = Stream(config.corpus)
+    else:
+        corpus = open_corpus(config.corpus, cache, Ledger(), progress)
     with progress.phase("retrieval"):
         selection = select_for(task, corpus, config, cache, progress)
     out.mkdir(parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ def test_k_comes_from_the_rule_unless_given(task, manual, cache):
     ("options", "message"),
     [
         ({"selector": "best"}, "retrieval.selector=best is unknown; choose one of bm25, random"),
-        ({"engine": "lucene"}, "retrieval.engine=lucene is unknown"),
+        ({"engine": "sphinx"}, "retrieval.engine=sphinx is unknown"),
         ({"analyzer": "french"}, "retrieval.analyzer=french is unknown"),
         ({"scoring": "bm26"}, "retrieval.scoring=bm26 is unknown"),
         ({"k": 0}, "retrieval.k=0 must be at least 1"),

@@ -110,6 +110,9 @@ class JointConfig(StageConfig):
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
+    keep_at: list[int] = field(
+        default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
+    )
 
 
 @dataclass
@@ -132,8 +135,13 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
+    task: str = key("", "the task: a folder, a file, a catalog name or hf:name; none: masked LM on the whole corpus")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
+    init_from: str | None = key(None, "weights to start from: a run's at-STEP or model, or hf:FOLDER of transformers")
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "with task=none: tasks whose dev and test texts are kept out of the corpus"},
+    )
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
     precision: str = key("fp32", "what matrix products read: fp32, or bf16 (a CPU with AMX, a GPU)")
     compile: bool = key(False, "torch.compile of the layers")

@@ -86,6 +86,12 @@ def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
     return bench(config)
 
 
+def compare(config: configs.CompareConfig, names: list[str]) -> int:
+    from tlm.compare import compare
+
+    return compare(config)
+
+
 def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
     from tlm.doctor import doctor
 
@@ -96,6 +102,9 @@ VERBS = {
     "demo": Verb("the main job on embedded data: four arms, a table and a report", "", configs.DemoConfig, demo),
     "retrieve": Verb("select the general text that helps a task", "", configs.RetrieveConfig, retrieve),
     "train": Verb("one run: retrieve, joint stage, finetune stage, test once", "", configs.TrainConfig, train),
+    "compare": Verb(
+        "arms over seeds at equal FLOPs, pretrain-then-finetune among them", "", configs.CompareConfig, compare
+    ),
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
@@ -110,6 +119,7 @@ REQUIRED = {
     "train": ("task",),
     "retrieve": ("task", "corpus"),
     "export": ("out",),
+    "compare": ("task", "corpus"),
     "bench": ("task",),
     "bench recipe": ("name", "data", "corpus"),
 }

@@ -277,6 +277,38 @@ class RecipeConfig:
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
 
 
+@dataclass
+class CompareConfig:
+    task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    arms: list[str] = field(
+        default_factory=lambda: ["tfidf", "scratch", "tlm", "pt-ft"],
+        metadata={
+            "help": "tfidf, scratch, tlm, tlm:SELECTOR, pt-ft, pt-ft+tapt, hf:FOLDER; ARM:key=value changes a key"
+        },
+    )
+    seeds: int = key(3, "runs of an arm on a task, seeds 0, 1, ...")
+    budget: float = key(6e12, "FLOPs of a run of tlm or scratch: both stages and the start")
+    finetune_share: float = key(0.1, "share of the budget that finetuning gets; pt-ft's is as long")
+    pretraining: float = key(50.0, "FLOPs of pt-ft's pretraining, as a multiple of the budget")
+    checkpoints: int = key(4, "of the pretraining, each with a quarter of the next one's FLOPs; the curve of pt-ft")
+    tries: int = key(4, "settings an arm is tuned over on dev, by successive halving; 1: none")
+    settings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "key=value of `tlm train` for all arms alike; TASK:key=value: for one task alone"},
+    )
+    leaks: str = key("refuse", "answer to dev or test text in the corpus: refuse, or drop (those documents)")
+    pretrained: str | None = key(None, "folder of the pretraining, to share one (OUT/pretraining if absent)")
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more tasks whose dev and test texts the pretraining must not see, to share it with them"},
+    )
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    price_per_hour: float = key(0.0, "price of the machine an hour, for the cost")
+    out: str = key("runs/compare", "folder of the runs and the report")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+
+
 # hidden, layers, heads, intermediate: head dimension 32 to 64; tiny and small are what two CPU cores train in minutes.
 SIZES = {
     "tiny": (128, 4, 4, 256),
@@ -428,6 +460,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
     "spike": ("rewind", "skip", "stop", "log"),
     "boards": ("tensorboard", "wandb", "mlflow"),
+    "leaks": ("refuse", "drop"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "finetune.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "joint.average": ("none", "ema", "last"),
@@ -444,7 +477,8 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
-    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1,
+    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1, "tries": 1,
+    "checkpoints": 1, "pretraining": 0.01,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip

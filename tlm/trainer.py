@@ -181,15 +181,9 @@ def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> 
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`; or the
     one of `init_from` with a fresh head."""
     shape, generator = prepared.shape(config.model), torch.Generator().manual_seed(config.seed)
+    model = Transformer(shape, generator)
     if config.init_from:
-        model = load_model(Path(config.init_from))
-        model.reset_head(shape.num_labels, generator)
-        if model.shape != shape:
-            raise InputError(
-                f"init_from={config.init_from}: is of another shape ({model.shape}); give its model.* settings"
-            )
-    else:
-        model = Transformer(shape, generator)
+        take_over(model, config.init_from)
     if prepared.start is not None:
         warmstart.predict_from_context(model, prepared.start)
     set_dropout(model, config.model.dropout)
@@ -197,6 +191,15 @@ def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> 
     if config.compile:
         compile_layers(model, device)
     return model
+
+
+def take_over(model: Transformer, folder: str) -> None:
+    """The weights in `folder`, but for the classification head. Raises InputError if they are of another shape."""
+    old = load_model(Path(folder))
+    if replace(old.shape, num_labels=model.shape.num_labels, max_length=model.shape.max_length) != model.shape:
+        raise InputError(f"init_from={folder}: is of another shape ({old.shape}); set model.* and tokenizer.* alike")
+    weights = {name: w for name, w in old.state_dict().items() if not name.startswith(("head.", "classifier."))}
+    model.load_state_dict(model.state_dict() | weights)
 
 
 def fresh_start(model: Transformer, config: TrainConfig) -> None:

@@ -110,7 +110,8 @@ class Study:
         self.folder = Path(self.config.out)
         # The plan is asked for after each run, and a run's configuration is dear to check.
         self.open = cache(lambda name: open_task(self.tasks[name], self.train(name, ()).data))
-        self.planned, self.steps = cache(planned), cache(self.steps)
+        self.planned, self.steps, self.rungs = cache(planned), cache(self.steps), cache(self.rungs)
+        self.candidates, self.pretraining = cache(self.candidates), cache(self.pretraining)
 
     # --- settings -----------------------------------------------------------------------------------------------
 

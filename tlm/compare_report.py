@@ -1,7 +1,7 @@
 """The report of a comparison: one page that needs no network, its Markdown twin, its plots as PNGs, and a short table.
 
-What is said is put together once, as sections of paragraphs, tables, pictures and examples; page and twin are two ways to
-write them down.
+What is said is put together once, as sections of paragraphs, tables, pictures and examples; page and twin are two ways
+to write them down.
 """
 
 import math
@@ -32,7 +32,7 @@ from tlm.statistics import (
     reliability,
 )
 from tlm.tables import arm_title, percent, scientific, short, whole
-from tlm.versus import Decision, Point, Result, collect, decide, mean_curve, read_answers
+from tlm.versus import Decision, Point, Result, collect, decide, flops_to, mean_cost, mean_curve, read_answers
 
 SHOWN = 2  # examples an arm and task
 AT_MOST_LABELS = 20  # in the table of scores by label
@@ -174,9 +174,8 @@ def verdict(found: Findings) -> list[str]:
     ratios = [d for d in found.decisions if d.arm == method]
     if ratios:
         told.insert(min(1, len(told)), ratio_sentence(ratios))
-    fewest = min(len(r.summaries) for r in found.results if r.arm.name in arms and r.arm.kind != "tfidf") if any(
-        r.arm.kind != "tfidf" for r in found.results if r.arm.name in arms
-    ) else SMALLEST_SEEDS  # fmt: skip
+    seeds = [len(r.summaries) for r in found.results if r.arm.name in arms and r.arm.kind != "tfidf"]
+    fewest = min(seeds, default=SMALLEST_SEEDS)
     if fewest < SMALLEST_SEEDS:
         told.append(
             f"With {fewest} seed{'s' * (fewest > 1)} an arm all this is a first look: it takes {SMALLEST_SEEDS}."
@@ -198,16 +197,13 @@ def sentence(d: Difference, found: Findings) -> str:
 def ratio_sentence(decisions: Sequence[Decision]) -> str:
     """FLOPs until the rival's dev score, over the tasks."""
     reached = [d.ratio for d in decisions if d.ratio]
-    rival, of = name(decisions[0].rival), f"on {len(reached)} of {len(decisions)} tasks" if len(decisions) > 1 else ""
+    rival, of = name(decisions[0].rival), f" on {len(reached)} of {len(decisions)} tasks" if len(decisions) > 1 else ""
     if not reached:
         return f"{name(decisions[0].arm)} never reached the dev score of {rival}."
     mean = math.exp(fmean(map(math.log, reached)))
-    return " ".join(
-        f"It reached the dev score of {rival} {of} with 1/{mean:,.3g} of the FLOPs"
-        f"{' (geometric mean)' if len(reached) > 1 else ''}.".split()
-    ) if mean >= 1 else " ".join(
-        f"It reached the dev score of {rival} {of} with {1 / mean:,.3g} times the FLOPs.".split()
-    )  # fmt: skip
+    times = f"1/{mean:,.3g} of" if mean >= 1 else f"{1 / mean:,.3g} times"
+    many = " (geometric mean)" if len(reached) > 1 else ""
+    return f"{name(decisions[0].arm)} reached the last dev score of {rival}{of} with {times} the FLOPs{many}."
 
 
 def failures(found: Findings) -> list[str]:
@@ -236,10 +232,10 @@ def curves_section(found: Findings) -> Section:
             label = f"dev {of_task[0].metric.replace('_', '-')} (%)"
             pictures.append(curve_picture(f"Dev score against FLOPs, {task}", curves, flat, label))
     note = (
-        "FLOPs of a run and of the pretraining that it stands on, tuning left out. TLM and the task alone: the best dev "
-        "score so far along the run. Pretrain-then-finetune: a point for each checkpoint of the pretraining. Bands: one "
-        "standard deviation over seeds. The arrow: from TLM's last point to where pretrain-then-finetune has its score. "
-        "Test is read by the last runs alone, hence dev scores here."
+        "FLOPs of a run and of the pretraining that it stands on, tuning left out. TLM and the task alone: the best "
+        "dev score so far along the run. Pretrain-then-finetune: a point for each checkpoint of the pretraining. "
+        "Bands: one standard deviation over seeds. The arrow: from TLM's last point to where pretrain-then-finetune "
+        "has its score. Test is read by the last runs alone, hence dev scores here."
     )
     return Section("Score against FLOPs", note, pictures)
 
@@ -277,8 +273,6 @@ def draw_curves(axes, ink: Ink, title: str, curves: Mapping, flat: Mapping, labe
 
 def arrow(axes, ink: Ink, end: Point, rival: Sequence[Point]) -> None:
     """From an arm's last point to where the rival has its score, or to the rival's end if it never has."""
-    from tlm.versus import flops_to
-
     there = flops_to(rival, end.score)
     to, words = (there or rival[-1].flops), "x the FLOPs" if there else "x the FLOPs and not there"
     y = 100 * end.score
@@ -303,8 +297,8 @@ def scores_section(found: Findings) -> Section:
         rows.append([name(arm), *cells])
     metrics = ", ".join(dict.fromkeys(found.study.open(task).metric.replace("_", "-") for task in tasks))
     note = (
-        f"Test, in percent ({metrics}): mean and standard deviation over seeds; the mean over tasks with its 95% interval "
-        "by bootstrap over examples and seeds; calibration error over 10 bins of equal count."
+        f"Test, in percent ({metrics}): mean and standard deviation over seeds; the mean over tasks with its 95% "
+        "interval by bootstrap over examples and seeds; calibration error over 10 bins of equal count."
     )
     heads = ["arm", *tasks, "mean", "95% interval", "calibration error"]
     return Section("Scores", note, [Table("Scores on test", heads, rows)])
@@ -332,15 +326,16 @@ def decisions_section(found: Findings) -> Section:
         for d in found.decisions
     ]
     heads = [
-        "arm and task", "FLOPs of a run", "FLOPs to the rival's score", "ratio", "dev score", "the rival's at equal FLOPs",
-        "the rival's at its end", "its FLOPs to the arm's score", "break-even, tasks", "with tuning",
+        "arm and task", "FLOPs of a run", "FLOPs to the rival's score", "ratio", "dev score",
+        "the rival's at equal FLOPs", "the rival's at its end", "its FLOPs to the arm's score", "break-even, tasks",
+        "with tuning",
     ]  # fmt: skip
     rival = name(found.decisions[0].rival) if found.decisions else ""
     note = (
-        f"The rival is {rival}. The ratio is its FLOPs over those of the arm until the rival's last dev score. Equal FLOPs: "
-        "read off its curve, - where that does not reach so far. Break-even: the number of tasks from which on "
-        "pretraining once for all of them takes fewer FLOPs than the arm for each; never, where finetuning alone takes "
-        "more than the arm."
+        f"The rival is {rival}. The ratio is its FLOPs over those of the arm until the rival's last dev score. Equal "
+        "FLOPs: read off its curve, - where that does not reach so far. Break-even: the number of tasks from which on "
+        "pretraining once for all of them takes fewer FLOPs than the arm for each; never, where finetuning alone "
+        "takes more than the arm."
     )
     return Section("What to decide by", note, [Table("Figures to decide by", heads, rows)]) if rows else NOTHING
 
@@ -358,23 +353,15 @@ def cost_section(found: Findings) -> Section:
         results = found.of(arm)
         if not results:
             continue
-        own = {
-            key: fmean(r.own[key] for r in results)
-            for key in ("flops", "flops_paper", "tokens", "energy_joules", "money")
-        }
-        seconds = fmean(sum(r.own["seconds"].values()) for r in results)
-        shared_seconds = sum(results[0].shared["seconds"].values())
-        phases[name(arm)] = {
-            phase: fmean(r.own["seconds"].get(phase, 0.0) for r in results)
-            for phase in dict.fromkeys(p for r in results for p in r.own["seconds"])
-        }
+        own = mean_cost([r.own for r in results])
+        shared = mean_cost([r.shared for r in results])
+        phases[name(arm)] = own["seconds"]
         rows.append([
-            name(arm), scientific(own["flops"]), scientific(own["flops_paper"]), scientific(results[0].shared["flops"]),
-            scientific(own["flops"] + results[0].shared["flops"]), scientific(fmean(r.tuning["flops"] for r in results)),
-            short(own["tokens"]), whole(seconds), whole(shared_seconds),
-            f"{max(r.own['peak_rss_bytes'] for r in results) / 2**30:.1f}",
-            short(own["energy_joules"] + results[0].shared["energy_joules"]),
-            f"{own['money'] + results[0].shared['money']:.2f}",
+            name(arm), scientific(own["flops"]), scientific(own["flops_paper"]), scientific(shared["flops"]),
+            scientific(own["flops"] + shared["flops"]), scientific(fmean(r.tuning["flops"] for r in results)),
+            short(own["tokens"]), whole(sum(own["seconds"].values())), whole(sum(shared["seconds"].values())),
+            f"{max(cost['peak_rss_bytes'] for cost in (own, shared)) / 2**30:.1f}",
+            short(own["energy_joules"] + shared["energy_joules"]), f"{own['money'] + shared['money']:.2f}",
         ])  # fmt: skip
     estimated = any(r.own["energy_is_estimated"] for r in found.results if r.summaries)
     heads = [
@@ -382,14 +369,9 @@ def cost_section(found: Findings) -> Section:
         "shared seconds", "GiB", f"joules{', estimated' if estimated else ''}", "money",
     ]  # fmt: skip
     note = (
-        "A run, mean over tasks and seeds; shared is what the pretraining took up to the last checkpoint, once for all "
-        "tasks and seeds. FLOPs are exact counts of matrix products; 6ND is the paper's rule, of the joint stage alone. "
-        "Joules and money hold the shared part. "
-        + (
-            "Energy could not be read and is estimated from the seconds."
-            if estimated
-            else "Energy is the processors' own."
-        )
+        "A run, mean over tasks and seeds; shared is what the pretraining took up to the last checkpoint, once for "
+        "all tasks and seeds. FLOPs are exact counts of matrix products; 6ND is the paper's rule, of the joint stage "
+        f"alone. Joules and money hold the shared part; energy is {'estimated' if estimated else 'read'}."
     )
     pictures = [cost_picture("Seconds of a run by phase", phases)] if phases else []
     return Section("Cost", note, [Table("Cost", heads, rows), *pictures])
@@ -402,8 +384,8 @@ def pairs_section(found: Findings) -> Section:
         for d in found.differences
     ]  # fmt: skip
     note = (
-        "The first arm less the second, in points of test score: paired bootstrap over test examples and seeds, two-sided; "
-        f"corrected by Holm for {len(rows)} comparisons. Better or worse: the corrected p is below {LEVEL}."
+        "The first arm less the second, in points of test score: paired bootstrap over test examples and seeds, "
+        f"two-sided; corrected by Holm for {len(rows)} comparisons. Better or worse: the corrected p is below {LEVEL}."
     )
     heads = ["pair", "difference", "95% interval", "p", "corrected p", "verdict"]
     return Section("Every pair", note, [Table("Every pair of arms", heads, rows)]) if rows else NOTHING
@@ -417,7 +399,8 @@ def ablations_section(found: Findings) -> Section:
         for d in pairs
     ]
     note = "TLM with one thing changed, less TLM, in points of test score."
-    return Section("Ablations", note, [Table("Ablations", ["changed", "difference", "95% interval", "verdict"], rows)]) if rows else NOTHING  # fmt: skip
+    heads = ["changed", "difference", "95% interval", "verdict"]
+    return Section("Ablations", note, [Table("Ablations", heads, rows)]) if rows else NOTHING
 
 
 def tuning_section(found: Findings) -> Section:
@@ -471,7 +454,7 @@ def calibration_section(found: Findings) -> Section:
         words = "; ".join(f"{percent(c)} sure, {percent(a)} right" for c, a, _ in bins)
         light, dark = (render([drawing], ink, width=3.6, height=3.4) for ink in (LIGHT, DARK))
         pictures.append(Picture(title, light, dark, f"{title}, by tenths of the texts from the least sure: {words}."))
-    note = "How often an arm is right, in percent, where it is as sure as this; ten bins of equal count, all seeds and tasks."
+    note = "How often an arm is right where it is as sure as this; ten bins of equal count, all seeds and tasks."
     return Section("Calibration", note, pictures) if pictures else NOTHING
 
 

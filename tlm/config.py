@@ -332,7 +332,7 @@ def load(kind: type, arguments: list[str]) -> Any:
             given, where = read_yaml(Path(argument)), argument
         given = check_keys(given, kind, where)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(given))
+            merged.merge_with(OmegaConf.create(given))  # in place: OmegaConf.merge copies all of it, 3 ms a time
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{where}: {reason}; `--help` lists each key with its type") from None

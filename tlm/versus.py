@@ -1,8 +1,7 @@
 """What came of a comparison: scores, curves, costs, and the figures that users decide by.
 
-Costs of an arm on a task are means over its seeds (`own`), what tuning took once (`tuning`), and what all tasks share
-(`shared`: the pretraining up to the checkpoint in question). Of TLM the corpus store and its index are shared as well:
-they are seconds alone, so they stand in the run's phases.
+Costs of an arm on a task are means over its seeds (`own`), what tuning took once (`tuning`), and what all tasks and
+seeds share (`shared`): the pretraining up to the checkpoint in question; of TLM the corpus store and its index.
 """
 
 import json
@@ -83,6 +82,8 @@ def result_of(study: Study, arm: Arm, task: str) -> Result:
         ]
     own = mean_cost([summary["cost"] for summary in summaries])
     own = add_costs([own, mean_cost([summary["cost"] for summary in extra])]) if extra else own
+    if arm.kind == "tlm":
+        own, shared = split(own)
     tuning = add_costs([read_json(run.folder / "summary.json")["cost"] for run in tuned if run.finished])
     metric = study.open(task).metric
     curve = []
@@ -103,6 +104,15 @@ def mean_cost(costs: Sequence[dict]) -> dict:
     return total | {name: total[name] / count for name in SUMMED} | {
         "seconds": {phase: seconds / count for phase, seconds in total["seconds"].items()}
     }  # fmt: skip
+
+
+def split(cost: dict) -> tuple[dict, dict]:
+    """A run's cost without the phases that all runs share, and that of these: seconds, and their part of the rest."""
+    moved = {phase: s for phase, s in cost["seconds"].items() if phase in SHARED_PHASES}
+    part = sum(moved.values()) / max(1e-9, sum(cost["seconds"].values()))
+    shared = add_costs([]) | {name: part * cost[name] for name in ("energy_joules", "money")} | {"seconds": moved}
+    own = cost | {name: cost[name] - shared[name] for name in ("energy_joules", "money")}
+    return own | {"seconds": {p: s for p, s in cost["seconds"].items() if p not in moved}}, shared
 
 
 def refuse_other_data(study: Study, task: str, results: Sequence[Result]) -> None:

@@ -253,9 +253,14 @@ def curve_picture(title: str, curves: Mapping[str, Sequence[Point]], flat: Mappi
 
 
 def draw_curves(axes, ink: Ink, title: str, curves: Mapping, flat: Mapping, label: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     names = [*curves, *flat]
     looks = dict(zip(names, styles(names, ink), strict=True))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: scientific(value))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     for arm, curve in curves.items():
         (dash, colour), curve = looks[arm], [p for p in curve if p.flops > 0]
         x, y, s = (np.array([getattr(p, n) for p in curve]) for n in ("flops", "score", "spread"))
@@ -357,16 +362,17 @@ def cost_section(found: Findings) -> Section:
         shared = mean_cost([r.shared for r in results])
         phases[name(arm)] = own["seconds"]
         rows.append([
-            name(arm), scientific(own["flops"]), scientific(own["flops_paper"]), scientific(shared["flops"]),
-            scientific(own["flops"] + shared["flops"]), scientific(fmean(r.tuning["flops"] for r in results)),
+            name(arm), scientific(own["flops"]), scientific(shared["flops"]),
+            scientific(own["flops"] + shared["flops"]), scientific(own["flops_paper"] + shared["flops_paper"]),
+            scientific(fmean(r.tuning["flops"] for r in results)),
             short(own["tokens"]), whole(sum(own["seconds"].values())), whole(sum(shared["seconds"].values())),
             f"{max(cost['peak_rss_bytes'] for cost in (own, shared)) / 2**30:.1f}",
             short(own["energy_joules"] + shared["energy_joules"]), f"{own['money'] + shared['money']:.2f}",
         ])  # fmt: skip
     estimated = any(r.own["energy_is_estimated"] for r in found.results if r.summaries)
     heads = [
-        "arm", "FLOPs", "by 6ND", "shared FLOPs", "FLOPs with shared", "tuning, FLOPs a task", "tokens", "seconds",
-        "shared seconds", "GiB", f"joules{', estimated' if estimated else ''}", "money",
+        "arm", "FLOPs", "shared FLOPs", "FLOPs with shared", "these by 6ND", "tuning, FLOPs a task", "tokens",
+        "seconds", "shared seconds", "GiB", f"joules{', estimated' if estimated else ''}", "money",
     ]  # fmt: skip
     note = (
         "A run, mean over tasks and seeds; shared is what the pretraining took up to the last checkpoint, once for "
@@ -535,7 +541,9 @@ def as_html(part: Section) -> Html:
         if isinstance(item, Picture):
             pictures.append(item.element())
         elif isinstance(item, Table):
-            rows = [[row[0], *(as_cell(cell) for cell in row[1:])] for row in item.rows]
+            words = [all(cell[:1].isalpha() for cell in column) for column in zip(*item.rows, strict=True)]
+            cells = [[as_cell(*pair) for pair in zip(row[1:], words[1:], strict=True)] for row in item.rows]
+            rows = [[row[0], *rest] for row, rest in zip(item.rows, cells, strict=True)]
             shown.append(grid(item.label, item.heads, rows))
         elif isinstance(item, Example):
             card = element("div", element("h3", item.head), element("p", item.text, class_="text"))
@@ -548,11 +556,9 @@ def as_html(part: Section) -> Html:
     return section(part.title, part.note, *shown)
 
 
-def as_cell(cell: str) -> Html:
-    """Words begin at the left and may be broken; figures do neither."""
-    return element(
-        "td", cell, class_="words" if any(c.isalpha() for c in cell) and " " in cell and len(cell) > 20 else None
-    )
+def as_cell(cell: str, words: bool) -> Html:
+    """Columns of words begin at the left and may be broken; figures do neither."""
+    return element("td", cell, class_="words" if words else None)
 
 
 def as_markdown(part: Section) -> str:

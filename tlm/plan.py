@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
@@ -19,7 +20,7 @@ from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.model import ModelShape, forward_flops
 from tlm.optimizers import muon_flops
-from tlm.prepare import arm_of, open_task
+from tlm.prepare import NO_TASK, arm_of, open_task
 
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
@@ -28,6 +29,9 @@ LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads
 
 def plan(config: TrainConfig) -> dict:
     """Everything that `--dry-run` prints beside the configuration."""
+    if config.task == NO_TASK.name or (config.init_from or "").startswith("hf:"):
+        what = "task=none" if config.task == NO_TASK.name else "a checkpoint of transformers"
+        raise InputError(f"--dry-run: has no plan for {what}; leave --dry-run out")
     task = open_task(config.task, config.data)
     lengths = {split: mean_length(task.texts(split), config.model.max_length) for split in task.splits}
     found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}

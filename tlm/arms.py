@@ -37,6 +37,10 @@ def run(config: TrainConfig, progress: Progress | None = None) -> dict:
     config.run = config.run or run_name(config)
     if config.model.size == "tfidf":
         return run_tfidf(config, progress or Progress())
+    if (config.init_from or "").startswith("hf:"):
+        from tlm.hf import finetune
+
+        return finetune(config, progress or Progress())
     from tlm.trainer import train
 
     return train(config, progress)

@@ -94,6 +94,12 @@ def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
     return bench(config)
 
 
+def compare(config: configs.CompareConfig, names: list[str]) -> int:
+    from tlm.compare import compare
+
+    return compare(config)
+
+
 def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
     from tlm.doctor import doctor
 
@@ -107,6 +113,9 @@ VERBS = {
         "add documents to a corpus store, or begin one", "STORE FILE ...", configs.CorpusConfig, corpus_add
     ),
     "train": Verb("one run: retrieve, joint stage, finetune stage, test once", "", configs.TrainConfig, train),
+    "compare": Verb(
+        "arms over seeds at equal FLOPs, pretrain-then-finetune among them", "", configs.CompareConfig, compare
+    ),
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
@@ -121,6 +130,7 @@ REQUIRED = {
     "train": ("task",),
     "retrieve": ("task", "corpus"),
     "export": ("out",),
+    "compare": ("task", "corpus"),
     "bench": ("task",),
     "bench recipe": ("name", "data", "corpus"),
 }

@@ -121,6 +121,9 @@ class JointConfig(StageConfig):
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
+    keep_at: list[int] = field(
+        default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
+    )
 
 
 @dataclass
@@ -144,8 +147,13 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
+    task: str = key("", "the task: a folder, a file, a catalog name or hf:name; none: masked LM on the whole corpus")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
+    init_from: str | None = key(None, "weights to start from: a run's at-STEP or model, or hf:FOLDER of transformers")
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "with task=none: tasks whose dev and test texts are kept out of the corpus"},
+    )
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
     precision: str = key("fp32", "what matrix products read: fp32, or bf16 (a CPU with AMX, a GPU)")
     compile: bool = key(False, "torch.compile of the layers")
@@ -290,6 +298,38 @@ class RecipeConfig:
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
 
 
+@dataclass
+class CompareConfig:
+    task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    arms: list[str] = field(
+        default_factory=lambda: ["tfidf", "scratch", "tlm", "pt-ft"],
+        metadata={
+            "help": "tfidf, scratch, tlm, tlm:SELECTOR, pt-ft, pt-ft+tapt, hf:FOLDER; ARM:key=value changes a key"
+        },
+    )
+    seeds: int = key(3, "runs of an arm on a task, seeds 0, 1, ...")
+    budget: float = key(6e12, "FLOPs of a run of tlm or scratch: both stages and the start")
+    finetune_share: float = key(0.1, "share of the budget that finetuning gets; pt-ft's is as long")
+    pretraining: float = key(50.0, "FLOPs of pt-ft's pretraining, as a multiple of the budget")
+    checkpoints: int = key(4, "of the pretraining, each with a quarter of the next one's FLOPs; the curve of pt-ft")
+    tries: int = key(4, "settings an arm is tuned over on dev, by successive halving; 1: none")
+    settings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "key=value of `tlm train` for all arms alike; TASK:key=value: for one task alone"},
+    )
+    leaks: str = key("refuse", "answer to dev or test text in the corpus: refuse, or drop (those documents)")
+    pretrained: str | None = key(None, "folder of the pretraining, to share one (OUT/pretraining if absent)")
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more tasks whose dev and test texts the pretraining must not see, to share it with them"},
+    )
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    price_per_hour: float = key(0.0, "price of the machine an hour, for the cost")
+    out: str = key("runs/compare", "folder of the runs and the report")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+
+
 # hidden, layers, heads, intermediate: head dimension 32 to 64; tiny and small are what two CPU cores train in minutes.
 SIZES = {
     "tiny": (128, 4, 4, 256),
@@ -313,7 +353,7 @@ def load(kind: type, arguments: list[str]) -> Any:
             given, where = read_yaml(Path(argument)), argument
         given = check_keys(given, kind, where)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(given))
+            merged.merge_with(OmegaConf.create(given))  # in place: OmegaConf.merge copies all of it, 3 ms a time
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{where}: {reason}; `--help` lists each key with its type") from None
@@ -442,6 +482,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
     "spike": ("rewind", "skip", "stop", "log"),
     "boards": ("tensorboard", "wandb", "mlflow"),
+    "leaks": ("refuse", "drop"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "finetune.schedule": ("linear", "cosine", "trapezoid", "constant"),
     "joint.average": ("none", "ema", "last"),
@@ -458,7 +499,8 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
-    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1,
+    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1, "tries": 1,
+    "checkpoints": 1, "pretraining": 0.01,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip

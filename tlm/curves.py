@@ -52,15 +52,15 @@ class Ink(NamedTuple):
 
 LIGHT = Ink(
     "#fdfdfc", "#1c1f23", "#dfe2e6", "#b3261e",
-    {"tfidf": "#7a7a7a", "scratch": "#d55e00", "random": "#b3589a", "tlm": "#0b63a5"},
+    {"tfidf": "#7a7a7a", "scratch": "#d55e00", "random": "#b3589a", "tlm": "#0b63a5", "pt-ft": "#1d7a43"},
     ("#0b63a5", "#d55e00", "#b3589a", "#1d7a43", "#7a7a7a"),
 )  # fmt: skip
 DARK = Ink(
     "#15181c", "#e4e7ea", "#30363d", "#ff8a80",
-    {"tfidf": "#9a9a9a", "scratch": "#f08a4b", "random": "#dd8fc5", "tlm": "#6db3ee"},
+    {"tfidf": "#9a9a9a", "scratch": "#f08a4b", "random": "#dd8fc5", "tlm": "#6db3ee", "pt-ft": "#5fc98a"},
     ("#6db3ee", "#f08a4b", "#dd8fc5", "#5fc98a", "#9a9a9a"),
 )  # fmt: skip
-DASHES = {"tfidf": ":", "scratch": "--", "random": "-.", "tlm": "-"}
+DASHES = {"tfidf": ":", "scratch": "--", "random": "-.", "tlm": "-", "pt-ft": "-"}
 OTHER_DASHES = ("-", "--", "-.", ":")  # the next kind once all colours are taken
 
 

@@ -48,6 +48,10 @@ def export_run(run: str, out: str) -> int:
         raise InputError(f"{run}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
     if summary["arm"] == "tfidf":
         raise InputError(f"{run}: is TF-IDF with logistic regression, no model for transformers; name a neural run")
+    if summary["arm"] == "pretraining":
+        raise InputError(
+            f"{run}: knows no labels, it was made to start from; name a run that does (init_from={run}/model)"
+        )
     export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out))
     print(f'{out}: open it with transformers.pipeline("text-classification", "{out}")')
     return 0

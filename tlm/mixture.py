@@ -6,6 +6,7 @@ whole world sees; a rank takes every world-th example, so 1, 2 and 4 processes s
 may start small and grow, as the largest useful batch does in training (McCandlish et al. 2018, arXiv 1812.06162).
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -53,7 +54,9 @@ class Mixture:
 
     @property
     def cycle(self) -> int:
-        """The pattern of sources repeats after this many micro-batches; the last of them is the task's."""
+        """The pattern of sources repeats after this many micro-batches; the last is the task's, if there is one."""
+        if TASK not in self.sizes:
+            return sys.maxsize
         return self.external_per_task + 1 if self.sizes.get(EXTERNAL) else 1
 
     def examples_before(self, source: str, nth: int) -> int:

@@ -22,7 +22,7 @@ from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.model import ModelShape, forward_flops
 from tlm.optimizers import muon_flops
-from tlm.prepare import arm_of, open_task
+from tlm.prepare import NO_TASK, arm_of, open_task
 
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
@@ -34,6 +34,9 @@ LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads
 
 def plan(config: TrainConfig) -> dict:
     """Everything that `--dry-run` prints beside the configuration."""
+    if config.task == NO_TASK.name or (config.init_from or "").startswith("hf:"):
+        what = "task=none" if config.task == NO_TASK.name else "a checkpoint of transformers"
+        raise InputError(f"--dry-run: has no plan for {what}; leave --dry-run out")
     task = open_task(config.task, config.data)
     config = fitted(config, task)
     lengths = {split: mean_length(task.texts(split), config.model.max_length) for split in task.splits}
@@ -122,9 +125,11 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     """
     model, retrieval = config.model, config.retrieval
     if model.max_length is None:
-        longest = np.quantile([tokens_of(text) for text in task.texts("train")], COVERED)
+        longest = np.quantile([tokens_of(text) for text in task.texts("train")] or [0], COVERED)
         model = replace(model, max_length=int(np.clip(-(-longest // 64) * 64, *LENGTHS)))
     config = replace(config, model=model)
+    if task is NO_TASK:
+        return config
     if config.budget:
         config = within_budget(config, task)
     if config.corpus and not (retrieval.max_words or retrieval.max_documents):
@@ -144,11 +149,19 @@ def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
     return with_steps(config, start_flops(config), per_step)
 
 
+def steps_within(budget: float, finetune_share: float, config: TrainConfig, task: Task) -> dict[str, int]:
+    """About the steps of each stage that `budget` pays for, by the stage's name."""
+    asked = replace(config, budget=budget, finetune=replace(config.finetune, share=finetune_share))
+    found = fitted(asked, task)
+    return {"joint": found.joint.steps, "finetune": found.finetune.steps}
+
+
 def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float]) -> TrainConfig:
     """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage."""
     left, stages = config.budget - spent, {}
-    for name, share in (("joint", 1 - config.finetune.share), ("finetune", config.finetune.share)):
-        steps = max(0, round(share * left / per_step[name]))
+    second = config.finetune.share if "finetune" in per_step else 0.0
+    for name, flops in per_step.items():
+        steps = max(0, round((second if name == "finetune" else 1 - second) * left / flops))
         if name == "joint" and not steps:
             raise InputError(f"budget={config.budget:g}: too small for a step of the joint stage; raise it")
         stages[name] = replace(getattr(config, name), steps=steps, eval_every=max(1, -(-steps // EVALUATIONS)))

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer
 from retrieval import corpus as corpora
 from retrieval import select
 from retrieval.corpus import Corpus
+from retrieval.leak import find_leaks
 from retrieval.select import Selection
 from tasks.errors import InputError
 from tasks.readers import read_task
-from tasks.types import Task
+from tasks.types import SPLITS, Task
 from tlm import warmstart
 from tlm.config import DataConfig, ModelConfig, TrainConfig, num_bytes
 from tlm.engine import World
@@ -31,8 +32,11 @@ from tlm.model import ModelShape
 from tlm.objectives import Source
 from tlm.progress import Progress
 from tlm.run import read_json, write_json
-from tlm.tokenizer import Encoder, cached_tokenizer, tokenizer_hash
+from tlm.tokenizer import Encoder, cached_tokenizer, load_tokenizer, tokenizer_hash
 from tlm.tokens import TokenStore, cached_tokens, heads, windows
+
+# What `task=none` means: no labelled text at all, so that masked LM is all that is learnt.
+NO_TASK = Task("none", ("none",), "macro_f1", dict.fromkeys(SPLITS, ()), "none", (), {})
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Prepared:
     external: Source | None  # passages of the selection; None without a corpus
     held_out: Source | None  # `joint.held_out` others
     start: warmstart.Start | None  # of the embeddings and the output bias; None for a random start
-    selection: Selection | None
+    selection: "Selection | Whole | None"
     arm: str
     inputs: list[dict]
     data: dict
@@ -73,6 +77,8 @@ class Prepared:
 
 
 def open_task(spec: str, data: DataConfig) -> Task:
+    if spec == NO_TASK.name:
+        return NO_TASK
     return read_task(
         spec,
         text_column=data.text_column,
@@ -89,6 +95,10 @@ def arm_of(config: TrainConfig) -> str:
     """The name of the method that a configuration stands for, as comparisons call it."""
     if config.model.size == "tfidf":
         return "tfidf"
+    if config.task == NO_TASK.name:
+        return "pretraining"
+    if config.init_from:
+        return config.init_from if config.init_from.startswith("hf:") else "pt-ft"
     if not config.corpus:
         return "scratch"
     return "tlm" if config.retrieval.selector == "bm25" else config.retrieval.selector
@@ -111,7 +121,10 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
         corpus = open_corpus(config.corpus, cache, ledger, progress)
         inputs.append({"path": config.corpus, "rows": len(corpus), "sha256": corpus.fingerprint})
         with progress.phase("retrieval"):
-            selection = select_for(task, corpus, config, cache, progress)
+            if task is NO_TASK:
+                selection = whole_corpus(corpus, config, cache, progress)
+            else:
+                selection = select_for(task, corpus, config, cache, progress)
         for phase, seconds in selection.manifest["seconds"].items():
             ledger.add_seconds(f"retrieval_{phase}", seconds)
 
@@ -124,7 +137,10 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
             texts = itertools.chain(own_texts, selection.texts() if selection else [])
             return cached_tokenizer(cache, texts_key, texts, words)
 
-        tokenizer = charged(ledger, "tokenizing", cache, f"tokenizer/{words}/{texts_key}", learn)
+        if config.init_from:
+            tokenizer = load_tokenizer(Path(config.init_from) / "tokenizer.json")
+        else:
+            tokenizer = charged(ledger, "tokenizing", cache, f"tokenizer/{words}/{texts_key}", learn)
         tokens = None
         if selection:
             key = f"selection/{selection.fingerprint}"
@@ -145,14 +161,14 @@ def make(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress) ->
             external, held_out = hold_out(external, config.joint.held_out)
 
     start = None
-    if config.init.method == "cooccurrence":
+    if config.init.method == "cooccurrence" and not config.init_from:
         with progress.phase("warm start"):
             start = warm_start(config, task, corpus, selection, tokenizer, tokens, cache, ledger, progress)
     data = {
         "train_examples": len(own_texts),
         "train_texts_cut": cut,
         "report": task.report,
-        "external_documents": len(selection.rows) if selection else 0,
+        "external_documents": len(selection) if selection else 0,
         "external_tokens": int(tokens.manifest["tokens"]) if tokens else 0,
         "external_passages": len(external) if external else 0,
     }
@@ -186,6 +202,54 @@ def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: P
     if options.selector == "bm25":
         return best
     return select.select(task, corpus, selector="random", like=best, seed=config.seed, **settings)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole corpus in the place of a selection, without the documents that leak. `rows` is empty: none is chosen
+    before others."""
+
+    corpus: Corpus
+    leaks: np.ndarray  # int64, rows
+    manifest: dict
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.corpus) - len(self.leaks)
+
+    @property
+    def folder(self) -> Path:
+        return self.corpus.folder
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.corpus.fingerprint.encode() + self.leaks.tobytes()).hexdigest()
+
+    def texts(self) -> Iterator[str]:
+        left_out = set(self.leaks.tolist())
+        return (self.corpus[row].text for row in range(len(self.corpus)) if row not in left_out)
+
+
+def whole_corpus(corpus: Corpus, config: TrainConfig, cache: Path, progress: Progress) -> Whole:
+    """All documents but those that hold dev or test text of any task in `unseen`."""
+    found, seconds = leaks_by_task(config.unseen, config.data, corpus, cache, config.threads, progress)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *found.values()]))
+    words = int(corpus.statistics["words"] - corpus.words[rows].sum())
+    leaks = {"dropped": len(rows), "by_task": {task: len(of_task) for task, of_task in found.items()}}
+    return Whole(corpus, rows, {"words": words, "leaks": leaks, "seconds": {"leaks": seconds}})
+
+
+def leaks_by_task(
+    tasks: list[str], data: DataConfig, corpus: Corpus, cache: Path, threads: int, progress: Progress
+) -> tuple[dict[str, np.ndarray], float]:
+    """The corpus's rows that hold dev or test text, int64[leaks] by task, and the seconds that finding them took."""
+    found = {}
+    for spec in tasks:
+        task = open_task(spec, data)
+        found[spec] = find_leaks(
+            corpus, [*task.texts("dev"), *task.texts("test")], cache, threads, progress.update
+        )  # fmt: skip
+    return {spec: leaks.rows for spec, leaks in found.items()}, sum(leaks.seconds for leaks in found.values())
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:

@@ -54,8 +54,8 @@ def scientific(number: float) -> str:
 COLUMNS = (
     Column("test accuracy", lambda s: (s["test"] or {}).get("accuracy"), percent, True),
     Column("test macro-F1", lambda s: (s["test"] or {}).get("macro_f1"), percent, True),
-    Column("dev accuracy", lambda s: s["dev"].get("accuracy"), percent, True),
-    Column("dev macro-F1", lambda s: s["dev"].get("macro_f1"), percent, True),
+    Column("dev accuracy", lambda s: (s["dev"] or {}).get("accuracy"), percent, True),
+    Column("dev macro-F1", lambda s: (s["dev"] or {}).get("macro_f1"), percent, True),
     Column("external documents", lambda s: s["data"].get("external_documents"), whole),
     Column("tokens", lambda s: s["cost"].get("tokens"), short),
     Column("FLOPs", lambda s: s["cost"].get("flops"), scientific),

@@ -25,13 +25,13 @@ from tlm.boards import Boards, check_boards, open_boards
 from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
-from tlm.ledger import Ledger, Meter, peak_rss_bytes
+from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.precision import check_precision, products
-from tlm.prepare import Prepared, open_task, prepare
+from tlm.prepare import NO_TASK, Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
 from tlm.signals import Stopped, StopSignals
@@ -70,6 +70,8 @@ class Stage:
 def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     """One run, from files to `summary.json`; returns the summary. A finished run is not run again."""
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
+    if task is NO_TASK and not config.corpus:
+        raise InputError("task=none: leaves nothing to learn without corpus=; give a corpus, or a task")
     check_boards(config.boards)
     engines.check(config)
     device = engines.device_of(config.device)
@@ -77,7 +79,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     autocast = config.precision == "bf16" and device.type == "cuda"
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device, config.timeout_minutes)
-    if world.size > len(task.splits["train"]):
+    if world.size > len(task.splits["train"]) and task is not NO_TASK:
         raise InputError(
             f"{task.source}: {len(task.splits['train'])} training texts for {world.size} processes; start no more "
             "processes than texts"
@@ -94,15 +96,15 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     model = new_model(config, prepared, device)
     if config.budget:
         config = within_budget(config, prepared, ledger.flops, world)
-    joint, finetune = stages(config, prepared, world)
+    joint, *finetune = stages(config, prepared, world)
     checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints, 60 * config.timeout_minutes)
     tag = latest(run.checkpoints)
 
     signals = StopSignals()
-    for stage in (joint, finetune):
+    for stage in (joint, *finetune):
         if tag and tag.startswith("finetune") and stage is joint:
             continue  # the checkpoint lies beyond it
-        if stage is finetune:
+        if stage is not joint:
             fresh_start(model, config)
         losses = Losses(model).to(device)
         stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
@@ -136,14 +138,20 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             with meter.ledger.phase("evaluation"):
                 loss = evaluate.mlm_loss(model, prepared.held_out, masking)
             run.record(stage=stage.name, step=stage.step, kind="held_out", mlm_loss=loss)
-    return finish(config, run, model, finetune, meter.ledger, prepared, progress, world)
+    if not finetune:
+        return finish_pretraining(config, run, model, meter.ledger, prepared, world)
+    return finish(config, run, model, *finetune, meter.ledger, prepared, progress, world)
 
 
-def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage, Stage]:
-    """Both stages at their first step."""
+def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage, ...]:
+    """Both stages at their first step; without a task the first alone."""
     task, external = prepared.source("train"), prepared.external
     seed, rho1 = 2 * config.seed, config.joint.external_per_task if external else 0
     masking = Masking(config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed)
+    if prepared.task is NO_TASK:
+        settings = replace(config.joint, eval_every=0)
+        alone = Objective({EXTERNAL: external}, config.joint.mlm_weight, masking)
+        return (Stage("joint", settings, alone, mixture("joint", settings, alone, seed, rho1, world)),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
     finetune = Objective({TASK: task}, 0.0, None)
@@ -168,7 +176,7 @@ def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:
     for name, source in stage.objective.sources.items():
         rate = stage.objective.masking.rate if stage.objective.masked(name) else 0.0
         of_all = 3 * forward_flops(shape, source.lengths, rate * source.lengths.sum(), (name == TASK) * len(source))
-        share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle
+        share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle if TASK in mixture.sizes else 1
         flops += share * mixture.batch[name] * of_all / len(source)
     full_steps = stage.config.accumulation * (1 - 3 / 8 * stage.config.batch_ramp)
     own = muon_flops(shape.hidden, shape.intermediate, shape.layers) if optimizer == "muon" else 0
@@ -192,8 +200,12 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
 
 
 def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> Transformer:
-    """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`."""
-    model = Transformer(prepared.shape(config.model), torch.Generator().manual_seed(config.seed))
+    """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`; or the
+    one of `init_from` with a fresh head."""
+    shape, generator = prepared.shape(config.model), torch.Generator().manual_seed(config.seed)
+    model = Transformer(shape, generator)
+    if config.init_from:
+        take_over(model, config.init_from)
     if prepared.start is not None:
         warmstart.predict_from_context(model, prepared.start)
     set_dropout(model, config.model.dropout)
@@ -201,6 +213,15 @@ def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> 
     if config.compile:
         compile_layers(model, device)
     return model
+
+
+def take_over(model: Transformer, folder: str) -> None:
+    """The weights in `folder`, but for the classification head. Raises InputError if they are of another shape."""
+    old = load_model(Path(folder))
+    if replace(old.shape, num_labels=model.shape.num_labels, max_length=model.shape.max_length) != model.shape:
+        raise InputError(f"init_from={folder}: is of another shape ({old.shape}); set model.* and tokenizer.* alike")
+    weights = {name: w for name, w in old.state_dict().items() if not name.startswith(("head.", "classifier."))}
+    model.load_state_dict(model.state_dict() | weights)
 
 
 def fresh_start(model: Transformer, config: TrainConfig) -> None:
@@ -258,11 +279,15 @@ class Loop:
             stage.average.update(self.model)
 
             last = stage.step == settings.steps
+            kept = stage.step in getattr(settings, "keep_at", ())
             if settings.eval_every and (stage.step % settings.eval_every == 0 or last):
                 with meter.paused("evaluation"), stage.average.swapped(self.model):
                     self.score_dev(boards)
-            if stage.step % LOG_EVERY == 0 or last or exhausted(stage):
+            if stage.step % LOG_EVERY == 0 or last or kept or exhausted(stage):
                 self.log(boards, rate, norm)
+            if kept:
+                with meter.paused("checkpoints"), stage.average.swapped(self.model):
+                    self.keep_model()
             if asked or (due and not stage.spikes.in_row):
                 with meter.paused("checkpoints"):
                     self.checkpoint()
@@ -340,6 +365,12 @@ class Loop:
             if stage.keeps_best and self.world.rank == 0:
                 save_model(model, self.run.checkpoints / "best")
 
+    def keep_model(self) -> None:
+        model = engines.whole(self.model)
+        if self.world.rank == 0:
+            folder = self.run.folder / f"at-{self.stage.step:06d}"
+            write_model(folder, model, self.prepared, self.config, self.meter.ledger)
+
     def checkpoint(self) -> None:
         stage = self.stage
         stage.spikes.rewinds = 0
@@ -412,24 +443,8 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
             finetune.best = evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels) | {
                 "step": finetune.step
             }
-    summary = {
-        "name": run.folder.name,
-        "task": task.name,
-        "metric": task.metric,
-        "labels": list(task.labels),
-        "arm": prepared.arm,
-        "seed": config.seed,
-        "dev": finetune.best,
-        "test": evaluate.test_scores(task, probabilities) if config.test else None,
-        "model": describe_model(model),
-        "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
-        "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
-        if prepared.selection
-        else None,
-        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
-        "config_sha256": run.config_sha256,
-        "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
-    }
+    test = evaluate.test_scores(task, probabilities) if config.test else None
+    summary = summarize(config, run, model, ledger, prepared, dev=finetune.best, test=test)
     if world.rank == 0:
         if config.test:
             write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
@@ -437,6 +452,52 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
         save_tokenizer(prepared.tokenizer, run.folder / "model" / "tokenizer.json")
         write_json(run.summary_path, summary)
     return summary
+
+
+def finish_pretraining(config, run, model, ledger, prepared, world) -> dict:
+    """There is nothing to score: the model, and what it has cost, for those that start from it."""
+    summary = summarize(config, run, model, ledger, prepared, dev=None, test=None)
+    if world.rank == 0:
+        write_model(run.folder / "model", model, prepared, config, ledger)
+        write_json(run.summary_path, summary)
+    return summary
+
+
+def write_model(folder: Path, model: Transformer, prepared: Prepared, config: TrainConfig, ledger: Ledger) -> None:
+    """What `init_from` reads; cost.json, last: all that the weights have cost, back to a random start."""
+    save_model(model, folder)
+    save_tokenizer(prepared.tokenizer, folder / "tokenizer.json")
+    own = ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour)
+    before = [cost_of(config.init_from)] if config.init_from else []
+    write_json(folder / "cost.json", add_costs([*before, own]))
+
+
+def cost_of(folder: str) -> dict:
+    return read_json(Path(folder) / "cost.json")
+
+
+def summarize(config, run, model, ledger, prepared, dev, test) -> dict:
+    """The summary of a run. `cost` is its own; what `init_from` has cost stands beside it."""
+    task = prepared.task
+    return {
+        "name": run.folder.name,
+        "task": task.name,
+        "metric": task.metric,
+        "labels": list(task.labels),
+        "arm": prepared.arm,
+        "seed": config.seed,
+        "dev": dev,
+        "test": test,
+        "model": describe_model(model),
+        "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
+        "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
+        if prepared.selection
+        else None,
+        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
+        "init_from": {"folder": config.init_from, "cost": cost_of(config.init_from)} if config.init_from else None,
+        "config_sha256": run.config_sha256,
+        "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
+    }
 
 
 def describe_model(model: Transformer) -> dict:

@@ -1,6 +1,6 @@
 import pytest
 
-from tlm.ledger import Ledger, Meter, paper_flops
+from tlm.ledger import WATTS, Ledger, Meter, Power, paper_flops
 
 # The paper's hyper-parameters by task, in its order AG, Hyp, Help, IMDB, ACL, SciERC, Chem, RCT (arXiv 2111.04130,
 # appendix): steps in thousands, batch, tokens a text; parameters in millions; and the FLOPs it reports (table 1, the
@@ -66,3 +66,23 @@ def test_a_phase_is_charged_even_when_it_fails():
     with pytest.raises(ValueError, match="stop"), ledger.phase("retrieval"):
         raise ValueError("stop")
     assert ledger.seconds["retrieval"] >= 0
+
+
+def test_power_is_read_from_the_counters_which_run_over(tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "max_energy_range_uj").write_text("1000000\n")
+    (zone / "energy_uj").write_text("900000\n")
+    power = Power(tmp_path)
+    power.began -= 10.0
+    (zone / "energy_uj").write_text("950000\n")
+    power.sample()
+    (zone / "energy_uj").write_text("50000\n")
+    assert power.watts() == pytest.approx(0.15 / 10, rel=0.01)
+    assert Power(tmp_path / "absent").watts() is None
+
+
+def test_energy_that_cannot_be_read_is_called_estimated(monkeypatch, tmp_path):
+    monkeypatch.setattr("tlm.ledger.POWER", Power(tmp_path))
+    cost = Ledger(seconds={"joint": 10.0}).cost(1)
+    assert (cost["energy_joules"], cost["energy_is_estimated"]) == (10 * WATTS, True)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -178,10 +178,23 @@ def planned(task: str, seed: int, folder: Path, settings: list[str], flops: floa
     return Planned(task, seed, folder, settings, flops)
 
 
-def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
-    """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints."""
+def queue(
+    runs: Sequence[Planned],
+    jobs: int,
+    progress: Progress,
+    more: Callable[[], Sequence[Planned]] | None = None,
+    failed: dict[Path, str] | None = None,
+    flops: float | None = None,
+) -> None:
+    """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints.
+
+    `more`: asked whenever a run has ended for all that can be made by now. `failed`: takes why a run failed, by its
+    folder; the others go on. `flops`: of all runs, those to come included.
+    """
+    runs = list(runs)
     waiting, starts, active = deque(run for run in runs if not run.finished), Counter(), {}
-    begun, done_before = time.perf_counter(), share_done(runs)
+    begun, done_before = time.perf_counter(), flops_done(runs)
+    flops = flops or sum(run.flops for run in runs)
     with progress.phase("runs", len(runs)), StopSignals() as signals:
         try:
             while waiting or active:
@@ -198,12 +211,23 @@ def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
                     raise Stopped(signals.number)
                 for process in [process for process in active if process.poll() is not None]:
                     run = active.pop(process)
-                    if again(run, process.returncode, starts[run.folder]):
-                        waiting.append(run)
-                done = share_done(runs)
+                    try:
+                        if again(run, process.returncode, starts[run.folder]):
+                            waiting.append(run)
+                    except InputError as error:
+                        if failed is None:
+                            raise
+                        failed[run.folder] = str(error)
+                        progress.say(f"failed: {error}")
+                    if more:
+                        known = {run.folder for run in runs}
+                        new = [run for run in more() if run.folder not in known]
+                        runs += new
+                        waiting += [run for run in new if not run.finished]
+                done = flops_done(runs)
                 note = " ".join(run.folder.name for run in active.values())
                 if done > done_before:
-                    left = (time.perf_counter() - begun) * (1 - done) / (done - done_before)
+                    left = (time.perf_counter() - begun) * max(0.0, flops - done) / (done - done_before)
                     note = f"about {left / 60:.0f} minutes left: {note}"
                 progress.update(sum(run.finished for run in runs), len(runs), note)
         finally:
@@ -213,9 +237,8 @@ def queue(runs: Sequence[Planned], jobs: int, progress: Progress) -> None:
                 process.wait()
 
 
-def share_done(runs: Sequence[Planned]) -> float:
-    """Of the FLOPs of all runs."""
-    return fmean(run.share_done() for run in runs if run.flops)
+def flops_done(runs: Sequence[Planned]) -> float:
+    return sum(run.flops * run.share_done() for run in runs)
 
 
 def start(run: Planned) -> subprocess.Popen | None:

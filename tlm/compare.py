@@ -1,0 +1,416 @@
+"""`tlm compare`: arms over seeds and tasks at equal FLOPs, pretrain-then-finetune among them. Its rules:
+
+- An arm is NAME or NAME:WHAT[:WHAT ...], where WHAT is a selector (of tlm) or key=value of `tlm train`, which that arm
+  alone has: `tlm:random`, `tlm:joint.mlm_weight=0` (no rho2), `tlm:joint.external_per_task=0` (no external text),
+  `tlm:finetune.steps=0` (no stage two), `tlm:retrieval.k=50`. All else is alike, `settings` included.
+- tlm and scratch get `budget` FLOPs. pt-ft is masked LM of the same model on the whole corpus, once for all tasks and
+  seeds, then finetuning as long as tlm's. Checkpoints lie on one long pretraining at a constant rate (the trunk); each
+  is cooled down by a branch of its own over the last COOLING of its steps, as the trapezoid of the other arms is, so
+  that each is what a pretraining planned for its length would be (Haegele et al. 2024, arXiv 2405.18392).
+- pt-ft+tapt has masked LM on the task's training texts in between, as many FLOPs as finetuning; hf:FOLDER finetunes a
+  checkpoint of transformers, for as many steps as pt-ft.
+- Tuning: `tries` settings by successive halving on dev, seed 0. The first is the recipe's own. Each rung may spend the
+  FLOPs of one run in all, and half of its settings go on.
+- Test is read once an arm and seed, by the runs that come last. The curve of pt-ft over its checkpoints is on dev.
+
+Runs are ordinary run folders, queued over processes of one thread. What has finished is not done again, what has failed
+does not keep the others: the same command goes on.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from tasks.errors import InputError
+from tlm.benches.recipe import Planned, planned, queue
+from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
+from tlm.ledger import Ledger
+from tlm.plan import steps_within
+from tlm.prepare import leaks_by_task, open_corpus, open_task
+from tlm.progress import Progress
+from tlm.run import read_json, write_text
+
+KINDS = ("tfidf", "scratch", "tlm", "pt-ft", "pt-ft+tapt", "hf")
+PRETRAINED = ("pt-ft", "pt-ft+tapt")
+FIXED = ("task", "corpus", "run", "out", "cache", "seed", "threads", "test", "init_from", "unseen", "joint.keep_at")
+EVALUATIONS = 10  # on dev, a stage
+COOLING = 0.6  # share of the steps in which the trapezoid falls
+SPACING = 4  # of the checkpoints' FLOPs
+# What is tuned: keys and the values tried beside the recipe's own. The paper chose rho1 and rho2 by dev as well.
+GRIDS = {
+    "scratch": {"joint.mlm_weight": (1.0, 20.0), "model.dropout": (0.0, 0.1)},
+    "tlm": {"joint.mlm_weight": (1.0, 20.0), "joint.external_per_task": (3, 1)},
+    "pt-ft": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
+    "pt-ft+tapt": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
+    "hf": {"finetune.lr": (5e-5, 2e-5, 1e-4, 3e-4)},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str  # as it was given
+    kind: str
+    settings: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a folder's."""
+        return re.sub(r"[^\w.=+-]+", "_", self.name).strip("_")
+
+
+def parse_arm(name: str) -> Arm:
+    """Raises InputError if there is no such arm."""
+    if name.startswith("hf:"):
+        if not (Path(name[3:]) / "config.json").exists():
+            raise InputError(f"arms=[{name}]: no checkpoint of transformers there (no config.json); name its folder")
+        return Arm(name, "hf", (f"init_from={name}",))
+    kind, *changes = name.split(":")
+    if kind not in KINDS or kind == "hf":
+        raise InputError(f"arms=[{name}]: no such arm; use one of {', '.join(KINDS[:-1])}, tlm:SELECTOR or hf:FOLDER")
+    if kind == "tfidf" and changes:
+        raise InputError(f"arms=[{name}]: tfidf has nothing to change; write tfidf")
+    settings = []
+    for change in changes:
+        key, equals, _ = change.partition("=")
+        selectors = CHOICES["retrieval.selector"]
+        if not equals and not (kind == "tlm" and change in selectors):
+            raise InputError(
+                f"arms=[{name}]: {change} is neither key=value nor a selector of tlm ({', '.join(selectors)})"
+            )
+        if not_free(key):
+            raise InputError(f"arms=[{name}]: {key} is alike for all arms; leave it out")
+        settings.append(change if equals else f"retrieval.selector={change}")
+    return Arm(name, kind, tuple(settings))
+
+
+def not_free(key: str) -> bool:
+    return key in (*FIXED, "joint.steps") or key.split(".")[0] == "data"
+
+
+def stem(spec: str) -> str:
+    """A task's name as part of paths."""
+    return Path(spec.rstrip("/")).name.split(".")[0].replace("hf:", "")
+
+
+@dataclass
+class Study:
+    """What is asked, and which runs that needs: `plan` says which can be made by now."""
+
+    config: CompareConfig
+    arms: list[Arm]
+    tasks: dict[str, str]  # name -> what was given
+    progress: Progress
+    failed: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.folder = Path(self.config.out)
+        # The plan is asked for after each run, and a run's configuration is dear to check.
+        self.open = cache(lambda name: open_task(self.tasks[name], self.train(name, ()).data))
+        self.planned, self.steps, self.rungs = cache(planned), cache(self.steps), cache(self.rungs)
+        self.candidates, self.pretraining = cache(self.candidates), cache(self.pretraining)
+
+    # --- settings -----------------------------------------------------------------------------------------------
+
+    def common(self, task: str | None) -> list[str]:
+        """What all arms have; `task` None: the pretraining's, which knows no task."""
+        given = ["boards=[]", "keep_checkpoints=1", f"price_per_hour={self.config.price_per_hour}"]
+        for setting in self.config.settings:
+            name = setting.partition("=")[0].rpartition(":")[0]  # of the one task that it is for
+            if name in ("", task):
+                given.append(setting.removeprefix(f"{name}:"))
+        return [*given, f"cache={self.config.cache}", "threads=1"]
+
+    def train(self, task: str | None, settings: Sequence[str], corpus: bool = True) -> TrainConfig:
+        """The configuration that these settings lead to."""
+        given = [f"task={self.tasks[task] if task else 'none'}", *self.common(task), *settings]
+        return validate(load(TrainConfig, [*given, f"corpus={self.config.corpus}"] if corpus else given))
+
+    def steps(self, task: str, kind: str, settings: tuple[str, ...], budget: float) -> dict[str, int]:
+        """Of both stages. An arm without stage two has all in the first."""
+        config = self.train(task, settings, corpus=kind != "scratch")
+        share = 0.0 if "finetune.steps=0" in settings else self.config.finetune_share
+        return steps_within(budget, share, config, self.open(task))
+
+    def run(self, name: str, task: str | None, seed: int, settings: Sequence[str], flops: float) -> Planned:
+        """The run OUT/NAME; `settings` in the words of `tlm train`."""
+        path = self.folder / name
+        given = [f"task={self.tasks[task] if task else 'none'}", *self.common(task), *settings]
+        given += [f"seed={seed}", f"out={path.parent}", f"run={path.name}"]
+        return self.planned(task or "none", seed, path, tuple(given), flops)
+
+    # --- the pretraining ----------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> list[float]:
+        """FLOPs of each, the smallest first."""
+        most = self.config.pretraining * self.config.budget
+        return [most / SPACING**k for k in reversed(range(self.config.checkpoints))]
+
+    def pretraining(self) -> tuple[Planned, list[Planned]]:
+        """The trunk, and for each checkpoint the branch that cools it down."""
+        anyone = next(iter(self.tasks))
+        alone = ("joint.eval_every=0",)
+        config = self.train(None, alone)
+        steps = [steps_within(flops, 0.0, config, self.open(anyone))["joint"] for flops in self.checkpoints]
+        places = [max(1, round((1 - COOLING) * number)) for number in steps]
+        base = Path(self.config.pretrained or self.folder / "pretraining")
+        unseen = sorted({*self.tasks.values(), *self.config.unseen})
+        both = [*alone, f"corpus={self.config.corpus}", f"unseen={json.dumps(unseen)}"]
+        given = [f"joint.steps={places[-1]}", "joint.schedule=constant", f"joint.keep_at={json.dumps(places)}"]
+        trunk = self.run_at(base / "trunk", [*both, *given], (1 - COOLING) * self.checkpoints[-1])
+        branches = []
+        for number, place, flops in zip(steps, places, self.checkpoints, strict=True):
+            given = [
+                f"joint.steps={number - place}",
+                "joint.schedule=linear",
+                f"init_from={trunk.folder}/at-{place:06d}",
+            ]
+            # another seed: not the trunk's first batches once more
+            branches.append(self.run_at(base / f"cooled-{number:06d}", [*both, *given], COOLING * flops, seed=number))
+        return trunk, branches
+
+    def run_at(self, path: Path, settings: Sequence[str], flops: float, seed: int = 0) -> Planned:
+        given = ["task=none", *self.common(None), *settings, f"seed={seed}", f"out={path.parent}", f"run={path.name}"]
+        return self.planned("none", seed, path, tuple(given), flops)
+
+    # --- an arm on a task ---------------------------------------------------------------------------------------
+
+    def candidates(self, arm: Arm, task: str) -> list[tuple[str, ...]]:
+        """Settings to choose from; the recipe's own are the first. What the arm fixes is not tuned."""
+        grid = GRIDS.get(arm.kind, {})
+        own = {key: value for key, _, value, _ in rows_of(self.train(task, arm.settings, corpus=arm.kind != "scratch"))}
+        free = {key: values for key, values in grid.items() if not any(s.startswith(f"{key}=") for s in arm.settings)}
+        if "finetune.steps=0" in arm.settings:
+            free = {key: values for key, values in free.items() if not key.startswith("finetune.")}
+        others = [
+            tuple(f"{key}={value}" for key, value in zip(free, values, strict=True))
+            for values in product(*free.values())
+            if any(own[key] != value for key, value in zip(free, values, strict=True))
+        ]
+        first = () if arm.kind != "hf" else others.pop(0)  # the recipe's rates are for models from scratch
+        return [first, *others][: self.config.tries]
+
+    def full(self, arm: Arm) -> float:
+        """FLOPs of a whole run of the arm, without what is shared."""
+        share = self.config.finetune_share
+        return self.config.budget * {"pt-ft": share, "hf": share, "pt-ft+tapt": share}.get(arm.kind, 1.0)
+
+    def rungs(self, arm: Arm, task: str) -> list[tuple[int, float]]:
+        """(How many settings are left, share of a whole run that each gets) of each rung of the tuning."""
+        left, found = len(self.candidates(arm, task)), []
+        while left > 1:
+            found.append((left, min(1.0, self.config.budget / left / self.full(arm))))
+            if found[-1][1] == 1.0:
+                break
+            left = math.ceil(left / 2)
+        return found
+
+    def make(self, arm: Arm, task: str, name: str, seed: int, chosen: tuple[str, ...], share: float = 1.0,
+             start: Planned | None = None, test: bool = False) -> Planned:  # fmt: skip
+        """A run of the arm on `share` of its FLOPs. `start`: the pretraining it begins with."""
+        settings, stages = (*arm.settings, *chosen), ("joint", "finetune")
+        if start or arm.kind == "hf":
+            # as many steps as the finetuning of tlm takes, which is budgeted for the recipe, not for the settings tried
+            steps = {"joint": 0, "finetune": round(share * self.steps(task, "tlm", (), self.config.budget)["finetune"])}
+            given = [f"init_from={start.folder}/model"] if start else []
+        else:
+            steps = self.steps(task, arm.kind, settings, share * self.config.budget)
+            given = [f"corpus={self.config.corpus}"] if arm.kind == "tlm" else []
+        if "finetune.steps=0" not in settings:
+            steps["finetune"] = max(1, steps["finetune"])
+        every = [f"{stage}.eval_every={max(1, -(-steps[stage] // EVALUATIONS))}" for stage in stages]
+        given += [*every, *settings, *(f"{stage}.steps={steps[stage]}" for stage in stages)]
+        given.append(f"test={str(test).lower()}")
+        return self.run(f"{task}/{name}", task, seed, given, share * self.full(arm))
+
+    def tapt(self, task: str, seed: int, start: Planned) -> Planned:
+        """Masked LM on the task's training texts, from the pretraining on."""
+        path = self.folder / task / "tapt.jsonl"
+        if not path.exists():
+            lines = (json.dumps({"id": e.id, "text": e.text, "source": task}) for e in self.open(task).splits["train"])
+            write_text(path, "\n".join(lines) + "\n")
+        steps = self.steps(task, "tlm", (), self.config.budget)["finetune"]
+        given = [f"corpus={path}", f"init_from={start.folder}/model", f"joint.steps={steps}", "joint.schedule=linear"]
+        flops = self.config.finetune_share * self.config.budget
+        return self.run(f"{task}/tapt-{seed}", None, seed, given, flops)
+
+    def starts(self, arm: Arm, task: str, seed: int) -> tuple[list[Planned], list[Planned], Planned | None]:
+        """(Runs to be made first, the pretraining's checkpoints, the start of this arm and seed, if it is there)."""
+        if arm.kind not in PRETRAINED:
+            return [], [], None
+        trunk, branches = self.pretraining()
+        ready = [b for b in branches if (Path(origin(b)) / "cost.json").exists()]
+        first = [trunk, *ready]
+        if not branches[-1].finished:
+            return first, branches, None
+        if arm.kind == "pt-ft":
+            return first, branches, branches[-1]
+        tapt = self.tapt(task, seed, branches[-1])
+        return [*first, tapt], branches, tapt if tapt.finished else None
+
+    def tuning(self, arm: Arm, task: str) -> tuple[list[Planned], tuple[str, ...] | None]:
+        """(Runs of the tuning that can be made by now, the settings chosen, None before all of them are)."""
+        left, runs = list(enumerate(self.candidates(arm, task))), []
+        _, _, start = self.starts(arm, task, 0)
+        for rung, (count, share) in enumerate(self.rungs(arm, task)):
+            of_rung = [
+                self.make(arm, task, f"tuning/{arm.slug}-{rung}-{number}", 0, chosen, share, start)
+                for number, chosen in left
+            ]
+            runs += of_rung
+            if not all(run.finished or run.folder in self.failed for run in of_rung):
+                return runs, None
+            scores = [self.dev_score(run) for run in of_rung]
+            best = sorted(range(count), key=lambda i: -scores[i])[: math.ceil(count / 2) if share < 1 else 1]
+            left = [left[i] for i in sorted(best)]
+        return runs, left[0][1]
+
+    def dev_score(self, run: Planned) -> float:
+        """Worse than any where the run has failed."""
+        if not run.finished:
+            return -1.0
+        summary = read_json(run.folder / "summary.json")
+        return summary["dev"][summary["metric"]]
+
+    def finals(self, arm: Arm, task: str, chosen: tuple[str, ...]) -> tuple[list[Planned], list[Planned]]:
+        """(What has to be made before, the runs that read test): one a seed, one alone of TF-IDF."""
+        if arm.kind == "tfidf":
+            given = ["model.size=tfidf", "test=true"]
+            return [], [self.run(f"{task}/tfidf-0", task, 0, given, 0.0)]
+        before, runs = [], []
+        for seed in range(self.config.seeds):
+            first, _, start = self.starts(arm, task, seed)
+            before += first
+            if start or arm.kind not in PRETRAINED:
+                runs.append(self.make(arm, task, f"{arm.slug}-{seed}", seed, chosen, start=start, test=True))
+        return before, runs
+
+    def curve(self, arm: Arm, task: str, chosen: tuple[str, ...]) -> list[tuple[Planned, list[Planned]]]:
+        """(Checkpoint, the runs from it, one a seed) of pt-ft; those from the last one are the final ones."""
+        if arm.kind != "pt-ft":
+            return []
+        branches = self.pretraining()[1]
+        return [
+            (branch, [self.make(arm, task, f"{arm.slug}-at{number}-{seed}", seed, chosen, start=branch)
+                      for seed in range(self.config.seeds)])
+            for number, branch in enumerate(branches[:-1])
+            if branch.finished
+        ]  # fmt: skip
+
+    def plan(self) -> list[Planned]:
+        """All runs that are made, or can be made by now."""
+        runs: dict[Path, Planned] = {}
+
+        def add(new: Sequence[Planned]) -> None:
+            runs.update((run.folder, run) for run in new)
+
+        for task in self.tasks:
+            for arm in self.arms:
+                first, _, start = self.starts(arm, task, 0)
+                add(first)
+                if arm.kind in PRETRAINED and start is None:
+                    continue
+                tuned, chosen = self.tuning(arm, task)
+                add(tuned)
+                if chosen is not None:
+                    before, finals = self.finals(arm, task, chosen)
+                    add([*before, *finals])
+                    for _, of_checkpoint in self.curve(arm, task, chosen):
+                        add(of_checkpoint)
+        return sorted(runs.values(), key=lambda run: -run.flops if run.task == "none" else 0)  # the long one first
+
+    def check_budget(self) -> None:
+        """Raises InputError where an arm, in its tuning or after it, would not take one step."""
+        for arm, task in product(self.arms, self.tasks):
+            shares = [1.0, *(share for _, share in self.rungs(arm, task))] if arm.kind != "tfidf" else []
+            for share in shares:
+                try:
+                    steps = self.steps(task, arm.kind, arm.settings, share * self.config.budget)
+                    enough = steps["finetune"] or "finetune.steps=0" in arm.settings
+                except InputError:
+                    enough = False
+                if not enough:
+                    raise InputError(
+                        f"budget={self.config.budget:g}: too small, {arm.name} on {task} would not take one step of "
+                        f"each stage{f' in its tuning, which begins with {share:.0%} of it' if share < 1 else ''}; "
+                        "raise it, or set tries=1"
+                    )
+        if any(arm.kind in PRETRAINED for arm in self.arms):
+            try:
+                self.pretraining()
+            except InputError as error:
+                raise InputError(f"pretraining={self.config.pretraining:g}, its first checkpoint: {error}") from None
+
+    def flops(self) -> float:
+        """Of all runs, those that cannot be planned yet included."""
+        total = 0.0
+        if any(arm.kind in PRETRAINED for arm in self.arms):
+            trunk, branches = self.pretraining()
+            total += trunk.flops + sum(branch.flops for branch in branches)
+        for arm, task in product(self.arms, self.tasks):
+            if arm.kind == "tfidf":
+                continue
+            tuning = sum(count * share for count, share in self.rungs(arm, task))
+            points = self.config.checkpoints if arm.kind == "pt-ft" else 2 if arm.kind == "pt-ft+tapt" else 1
+            total += self.full(arm) * (tuning + self.config.seeds * points)
+        return total
+
+
+def origin(run: Planned) -> str:
+    """The folder that the run starts from."""
+    return next(s.removeprefix("init_from=") for s in run.settings if s.startswith("init_from="))
+
+
+def compare(config: CompareConfig) -> int:
+    """Makes the runs that are missing and writes the report; exit status 1 if some failed."""
+    from tlm.compare_report import report
+
+    study = open_study(config)
+    queue(study.plan(), config.jobs, study.progress, study.plan, study.failed, study.flops())
+    report(study)
+    return 1 if study.failed else 0
+
+
+def open_study(config: CompareConfig) -> Study:
+    """Raises InputError for all that is wrong with what was asked, before anything is run."""
+    names = [name for given in config.task for name in given.split(",") if name]
+    tasks = {stem(name): name for name in names}
+    if len(tasks) < len(names):
+        raise InputError(f"task=[{', '.join(names)}]: two of them have one name; rename a folder or file")
+    arms = [parse_arm(name) for name in config.arms]
+    if twice := next((arm.name for arm in arms if [a.slug for a in arms].count(arm.slug) > 1), None):
+        raise InputError(f"arms=[{twice}]: given twice; leave one out")
+    for setting in config.settings:
+        name, equals, _ = setting.partition("=")
+        task, colon, key = name.rpartition(":")
+        if not equals or (colon and task not in tasks):
+            raise InputError(f"settings=[{setting}]: must be key=value, or TASK:key=value of a task that is compared")
+        if key in (*FIXED, "joint.steps", "finetune.steps"):
+            raise InputError(f"settings=[{setting}]: {key} is the comparison's to set; leave it out")
+    study = Study(config, arms, tasks, Progress())
+    for task in tasks:
+        study.open(task)
+    study.check_budget()
+    refuse_leaks(study)
+    return study
+
+
+def refuse_leaks(study: Study) -> None:
+    """Dev and test text in the corpus: a question to the user, since most would not think of it."""
+    config = study.config
+    where = Path(config.cache).expanduser()
+    corpus = open_corpus(config.corpus, where, Ledger(), study.progress)
+    with study.progress.phase("leaks"):
+        data = study.train(next(iter(study.tasks)), ()).data
+        found, _ = leaks_by_task(list(study.tasks.values()), data, corpus, where, 1, study.progress)
+    leaks = {stem(task): len(rows) for task, rows in found.items() if len(rows)}
+    if leaks and config.leaks == "refuse":
+        listed = ", ".join(f"{count} of {task}" for task, count in leaks.items())
+        raise InputError(
+            f"corpus={config.corpus}: holds documents with dev or test text ({listed}); leaks=drop leaves them out"
+        )

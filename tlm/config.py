@@ -95,10 +95,10 @@ class InitConfig:
 
 @dataclass
 class StageConfig:
-    steps: int = key(1000, "optimizer steps")
+    steps: int = key(2000, "optimizer steps")
     batch: int | None = key(None, "texts a micro-batch over all processes (from batch_tokens if absent)")
     batch_tokens: int = key(
-        2048, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts"
+        512, "aim for this many tokens a micro-batch; each source's mean length decides the number of texts"
     )
     batch_ramp: float = key(
         0.0, "share of the steps over which the batch grows, linearly, from a quarter to its full size"
@@ -117,7 +117,7 @@ class StageConfig:
 
 @dataclass
 class JointConfig(StageConfig):
-    external_per_task: int = key(3, "external micro-batches for each task micro-batch (the paper's rho1)")
+    external_per_task: int = key(1, "external micro-batches for each task micro-batch (the paper's rho1)")
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
@@ -128,9 +128,9 @@ class JointConfig(StageConfig):
 
 @dataclass
 class FinetuneConfig(StageConfig):
-    share: float = key(0.1, "share of budget= that this stage gets")
+    share: float = key(0.5, "share of budget= that this stage gets")
     dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
-    head: str = key("fresh", "classification head: fresh (the paper's) or keep (the joint stage's)")
+    head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
 
 
@@ -185,7 +185,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig = group(ModelConfig)
     init: InitConfig = group(InitConfig)
     joint: JointConfig = group(JointConfig)
-    finetune: FinetuneConfig = group(FinetuneConfig, steps=400, lr=1e-3, matrix_lr=3e-3, eval_every=25)
+    finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=3e-3)
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"}
     )
@@ -310,7 +310,7 @@ class CompareConfig:
     )
     seeds: int = key(3, "runs of an arm on a task, seeds 0, 1, ...")
     budget: float = key(6e12, "FLOPs of a run of tlm or scratch: both stages and the start")
-    finetune_share: float = key(0.1, "share of the budget that finetuning gets; pt-ft's is as long")
+    finetune_share: float = key(0.5, "share of the budget that finetuning gets; pt-ft's is as long")
     pretraining: float = key(50.0, "FLOPs of pt-ft's pretraining, as a multiple of the budget")
     checkpoints: int = key(4, "of the pretraining, each with a quarter of the next one's FLOPs; the curve of pt-ft")
     tries: int = key(4, "settings an arm is tuned over on dev, by successive halving; 1: none")

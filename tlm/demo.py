@@ -26,9 +26,14 @@ RECIPE: tuple[str, ...] = (
     "retrieval.k=200",
     "retrieval.max_words=500000",
     "joint.steps=500",
+    "joint.batch_tokens=2048",
+    "joint.external_per_task=3",
     "joint.mlm_weight=20",
     "joint.eval_every=100",
     "finetune.steps=150",
+    "finetune.batch_tokens=2048",
+    "finetune.eval_every=25",
+    "finetune.head=fresh",
     "finetune.dropout=0.1",
 )
 MINUTES = 5  # measured on two cores

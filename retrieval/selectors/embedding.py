@@ -67,8 +67,10 @@ def _open(folder: Path):
     """The model, on a GPU where there is one."""
     try:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise missing("embedding", error) from error
+    disable_progress_bar()
     try:
         return SentenceTransformer(str(folder), local_files_only=True)
     except Exception as error:  # the library, transformers and safetensors raise a dozen kinds

@@ -170,7 +170,17 @@ def _shares(tasks: Sequence[Task], quota: Sequence[float] | None) -> list[float]
     return [part / sum(quota) for part in quota]
 
 
-def _write(folder, tasks, shares, corpus, options, cache, threads, memory, progress) -> dict:
+def _write(
+    folder: Path,
+    tasks: Sequence[Task],
+    shares: Sequence[float],
+    corpus: Corpus,
+    options: dict,
+    cache: Path,
+    threads: int,
+    memory: int,
+    progress: Progress | None,
+) -> dict:
     unseen = [
         (task.name, split, example) for task in tasks for split in ("dev", "test") for example in task.splits[split]
     ]

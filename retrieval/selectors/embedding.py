@@ -20,7 +20,7 @@ from tasks import files
 from tasks.errors import InputError
 
 KIND, VERSION = "embeddings", 1
-BLOCK_DOCUMENTS = 1_024
+BLOCK_DOCUMENTS = 512
 BATCH_TEXTS = 32
 MEND = "name a folder that sentence-transformers has saved"
 
@@ -31,7 +31,7 @@ def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> R
     folder = model_folder(options["model"])
     torch.set_num_threads(num_threads(threads))
     model = _open(folder)
-    key = folders.key(corpus=corpus.fingerprint, model=fingerprint(folder), version=VERSION)
+    key = folders.key(corpus=corpus.fingerprint, model=fingerprint(folder), block=BLOCK_DOCUMENTS, version=VERSION)
     blocks, seconds = _embedded(corpus, model, cache / "embeddings" / key, progress)
     start = time.perf_counter()
     queries = _embed(model, texts)

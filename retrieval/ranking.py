@@ -4,12 +4,13 @@ Where each text searches, the union of what the texts find is kept, each documen
 smallest rank, then the highest score. Several rankings, of one task each, are drafted into one selection.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from retrieval.corpus import Progress
+from retrieval.corpus import Corpus, Progress
 from retrieval.engines import Hits
 
 QUERIES_A_BATCH = 2_048  # as many as the engine bm25 takes at once; fewer where they would have more hits than:
@@ -32,24 +33,47 @@ class Found(NamedTuple):
 
 class Ranking(NamedTuple):
     """`hits` int32[texts]: how many documents each text found, None where texts do not search. `explain(text, row)`:
-    what each term adds to a score, None where scores have no terms. `seconds`: what each part took."""
+    what each term adds to a score, None where scores have no terms. `seconds`: what each part took.
+
+    Of a stream, whose documents cannot be read one by one: `fetch(ascending rows, folder)` as `Stream.fetch`, and
+    `explain(text, document's text)`.
+    """
 
     found: Found
     seconds: dict[str, float]
     hits: np.ndarray | None = None
-    explain: Callable[[int, int], dict[str, float]] | None = None
+    explain: Callable[[int, int | str], dict[str, float]] | None = None
+    fetch: Callable[[np.ndarray, Path], tuple[Corpus, np.ndarray]] | None = None
+
+
+def fetched(rankings: Sequence[Ranking], folder: Path) -> tuple[Corpus, list[Ranking], np.ndarray]:
+    """All that was found of a stream as a store in `folder`, repeats left out; the rankings of its documents; and the
+    row of each in the stream, int64[len(store)]."""
+    found = np.unique(np.concatenate([ranking.found.rows for ranking in rankings]))
+    store, rows = rankings[0].fetch(found, folder)
+
+    def moved(ranking: Ranking) -> Ranking:
+        found = ranking.found.at(np.isin(ranking.found.rows, rows))
+        found = found._replace(rows=np.searchsorted(rows, found.rows))
+        return ranking._replace(found=found, explain=lambda text, row: ranking.explain(text, store[row].text))
+
+    return store, list(map(moved, rankings)), rows
 
 
 def union(
-    search: Callable[[slice], Hits], num_queries: int, k: int, progress: Progress | None = None
+    search: Callable[[slice], Hits],
+    num_queries: int,
+    k: int,
+    progress: Progress | None = None,
+    step: int | None = None,
 ) -> tuple[Found, np.ndarray]:
     """The union of all queries' hits by rank, score and row; and how many hits each query had, int32[queries].
 
-    `search(queries first to last)` gives at most `k` hits of each.
+    `search(queries first to last)` gives at most `k` hits of each; `step`: of how many queries at once.
     """
     num_hits = np.zeros(num_queries, np.int32)
     parts, waiting = [], 0
-    step = min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
+    step = step or min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
     for first in range(0, num_queries, step):
         hits = search(slice(first, first + step))
         query, place = np.nonzero(hits.rows >= 0)

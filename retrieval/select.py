@@ -17,8 +17,9 @@ import gzip
 import hashlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,16 +29,18 @@ from retrieval import folders, selectors, summary
 from retrieval.analyze import ANALYZERS
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import ENGINES, MEMORY
-from retrieval.leak import Leaks, find_leaks
+from retrieval.engines.scan import Stream
+from retrieval.leak import find_leaks
 from retrieval.ngrams import kl_reduction
 from retrieval.quota import draft
-from retrieval.ranking import Found
+from retrieval.ranking import Found, Ranking, fetched
 from retrieval.repeats import Repeats
 from retrieval.scoring import SCORINGS
 from tasks.errors import InputError
 from tasks.types import Example, Task
 
 KIND, VERSION = "selection", 1
+FETCHED = "fetched"
 
 
 class Selection:
@@ -78,7 +81,7 @@ def paper_k(num_queries: int) -> int:
 
 def select(
     tasks: Task | Sequence[Task],
-    corpus: Corpus,
+    corpus: Corpus | Stream,
     *,
     cache: Path,
     selector: str = "bm25",
@@ -98,6 +101,7 @@ def select(
     seed: int = 0,
     threads: int = 0,
     memory: int = MEMORY,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """The selection for a task, or for several, made under `cache` or found there.
@@ -108,6 +112,8 @@ def select(
     `max_similarity`: documents at least so alike to a better one are dropped (retrieval/repeats.py). `model`: the
     folder that the selector `embedding` uses. `quota`: what each of several tasks gets of the bound and, times `k`, of
     the documents a query; equal if None. `memory`: bytes that building an index may take.
+    A `Stream` is for the engine scan alone; it holds repeats, of which the first stays, and is looked through for leaks
+    only as far as it was found. `cluster`: a Ray address (see `retrieval.cluster`) whose machines read it.
     Raises InputError for unknown names and values out of range, and where nothing is found.
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -121,6 +127,10 @@ def select(
             raise InputError(f"retrieval.{name}={bound} must be at least 1")
     if max_similarity is not None and not 0 < max_similarity <= 1:
         raise InputError(f"retrieval.max_similarity={max_similarity} must be above 0 and at most 1")
+    if isinstance(corpus, Stream) and (selector, engine) != ("bm25", "scan"):
+        raise InputError(f"files without a store are for retrieval.engine=scan alone, not for {selector} with {engine}")
+    if cluster and not isinstance(corpus, Stream):
+        raise InputError(f"retrieval.cluster={cluster} is for retrieval.engine=scan over files; leave it out")
     if like is not None:
         max_documents, max_words = _bounds_of(like)
     if selector in selectors.EVERYTHING and max_documents is None and max_words is None:
@@ -147,7 +157,7 @@ def select(
     folder = Path(cache) / "selections" / key
 
     def write(new: Path) -> dict:
-        return _write(new, tasks, shares, corpus, options, Path(cache), threads, memory, progress)
+        return _write(new, tasks, shares, corpus, options, Path(cache), threads, memory, cluster, progress)
 
     folders.ensure(folder, KIND, VERSION, write)
     return Selection(folder)
@@ -174,35 +184,30 @@ def _write(
     folder: Path,
     tasks: Sequence[Task],
     shares: Sequence[float],
-    corpus: Corpus,
+    corpus: Corpus | Stream,
     options: dict,
     cache: Path,
     threads: int,
     memory: int,
+    cluster: str | None,
     progress: Progress | None,
 ) -> dict:
+    def rank(task: Task, own: dict) -> Ranking:
+        of_task = task.texts("train"), corpus, own, cache
+        return selectors.load(options["selector"]).rank(*of_task, threads, memory, cluster, progress)
+
+    rankings, parts, seconds = _rankings(tasks, shares, options, rank)
+    stream, row_of = None, lambda rows: rows
+    if isinstance(corpus, Stream):  # from here on the documents that were found stand for it
+        with _timed(seconds, "fetch"):
+            stream, (corpus, rankings, rows) = corpus, fetched(rankings, folder / FETCHED)
+        row_of = rows.__getitem__
+    found = [ranking.found for ranking in rankings]
     unseen = [
         (task.name, split, example) for task in tasks for split in ("dev", "test") for example in task.splits[split]
     ]
     leaks = find_leaks(corpus, [example.text for _, _, example in unseen], cache, threads, progress)
-    seconds = {"leaks": leaks.seconds}  # what each part takes, also where it lay in the cache
-    rankings, parts = [], []
-    for task, share in zip(tasks, shares, strict=True):
-        own = dict(options)
-        if "k" in own:
-            own["k"] = max(1, round((own["k"] or paper_k(len(task.splits["train"]))) * share * len(tasks)))
-        rank = selectors.load(options["selector"]).rank
-        ranking = rank(task.texts("train"), corpus, own, cache, threads, memory, progress)
-        if not len(ranking.found.rows):
-            raise InputError(
-                f"no document of the corpus shares a term with any of the {len(task.splits['train'])} training texts "
-                f"of {task.name}; choose a corpus in the task's language"
-            )
-        for phase, spent in ranking.seconds.items():  # only searching is done anew for each task
-            seconds[phase] = round(spent + (seconds.get(phase, 0) if phase == "search" else 0), 3)
-        rankings.append(ranking)
-        parts.append({"task": task.name, "quota": share} | ({"k": own["k"]} if "k" in own else {}))
-    found = [ranking.found for ranking in rankings]
+    seconds["leaks"] = leaks.seconds
     clean = [each.at(~np.isin(each.rows, leaks.rows)) for each in found]
     repeats = None if options["max_similarity"] is None else Repeats(corpus, options["max_similarity"])
     with _timed(seconds, "union"):
@@ -214,39 +219,40 @@ def _write(
             "first's"
         )
     kept, examples, firsts = _in_turns(clean, given, turns, tasks)
+    hits = None if rankings[0].hits is None else np.concatenate([ranking.hits for ranking in rankings])
     with _timed(seconds, "write"):
         digest = _write_lines(folder, tasks, corpus, kept, turns, examples, progress)
-        for name, column in kept._asdict().items():
+        columns = kept._asdict() | {"rows": row_of(kept.rows), "leaks": row_of(leaks.rows)}
+        for name, column in (columns if hits is None else columns | {"hits": hits}).items():
             np.save(folder / f"{name}.npy", column)
-        np.save(folder / "leaks.npy", leaks.rows)
-        if rankings[0].hits is not None:
-            np.save(folder / "hits.npy", np.concatenate([ranking.hits for ranking in rankings]))
+
+    def nearness(texts: list[str], rows: np.ndarray) -> dict:
+        if stream is not None:  # random documents of it, to compare with, would take another pass
+            return {}
+        return {"kl": kl_reduction(texts, corpus, rows) if len(rows) else None}
+
     with _timed(seconds, "kl"):
-        kl = kl_reduction([example.text for example in examples], corpus, kept.rows)
+        kl = nearness([example.text for example in examples], kept.rows)
         for number, part in enumerate(parts if len(tasks) > 1 else []):
             own = kept.rows[turns == number]
             part |= {"documents": len(own), "words": int(corpus.words[own].sum())}
-            part["kl"] = kl_reduction(tasks[number].texts("train"), corpus, own) if len(own) else None
+            part |= nearness(tasks[number].texts("train"), own)
     all_found = np.unique(np.concatenate([each.rows for each in found]))
-    leaking = all_found[np.isin(all_found, leaks.rows)]
+    whole = corpus if stream is None else stream
     manifest = {
         "task": "+".join(task.name for task in tasks),
         "train_texts": len(examples),
-        "corpus": {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint, "documents": len(corpus)},
+        "corpus": {
+            "folder": str(corpus.folder) if stream is None else stream.spec,
+            "fingerprint": whole.fingerprint,
+            "documents": len(whole),
+        },
         "options": options,
         "documents": len(kept.rows),
         "words": int(corpus.words[kept.rows].sum()),
         "by_source": summary.by_source(corpus, kept.rows),
-        "kl": kl,
-        "leaks": {
-            "dropped": len(leaking),
-            "in_corpus": len(leaks.rows),
-            "documents_checked": leaks.documents,
-            "texts": len(unseen),
-            "texts_under_13_tokens": leaks.not_checked,
-            "of_these_searched_whole": leaks.whole,
-            "examples": _leak_examples(leaks, leaking, unseen),
-        },
+        **kl,
+        "leaks": summary.leaks(leaks, all_found, unseen),
         "samples": summary.samples(corpus, examples, kept),
         "seconds": seconds,
         "sha256": digest,
@@ -255,14 +261,41 @@ def _write(
         manifest["tasks"] = parts
     if repeats:
         manifest["near_duplicates"] = {"dropped": repeats.dropped, "examples": repeats.examples}
-    if rankings[0].hits is not None:
+    if hits is not None:
         manifest["found"] = len(all_found)
-        manifest["queries"] = summary.queries(examples, np.load(folder / "hits.npy"), kept)
+        manifest["queries"] = summary.queries(examples, hits, kept)
     if options["selector"] != "random":
         manifest["scores"] = summary.scores(kept)
     if rankings[0].explain:
         manifest["terms"] = summary.strongest_terms(rankings, firsts, kept, turns)
+    for example in [*manifest["leaks"]["examples"], *(repeats.examples if repeats else [])]:
+        example["row"] = int(row_of(example["row"]))
+    if stream is not None:
+        shutil.rmtree(folder / FETCHED)
     return manifest
+
+
+def _rankings(
+    tasks: Sequence[Task], shares: Sequence[float], options: dict, rank: Callable[[Task, dict], Ranking]
+) -> tuple[list[Ranking], list[dict], dict[str, float]]:
+    """Each task's ranking; what the manifest says of each task; and what each part took, also where it lay in the
+    cache. Raises InputError where a task finds nothing."""
+    rankings, parts, seconds = [], [], {}
+    for task, share in zip(tasks, shares, strict=True):
+        own = dict(options)
+        if "k" in own:
+            own["k"] = max(1, round((own["k"] or paper_k(len(task.splits["train"]))) * share * len(tasks)))
+        ranking = rank(task, own)
+        if not len(ranking.found.rows):
+            raise InputError(
+                f"no document of the corpus shares a term with any of the {len(task.splits['train'])} training texts "
+                f"of {task.name}; choose a corpus in the task's language"
+            )
+        for phase, spent in ranking.seconds.items():  # only searching is done anew for each task
+            seconds[phase] = round(spent + (seconds.get(phase, 0) if phase == "search" else 0), 3)
+        rankings.append(ranking)
+        parts.append({"task": task.name, "quota": share} | ({"k": own["k"]} if "k" in own else {}))
+    return rankings, parts, seconds
 
 
 def _in_turns(
@@ -312,16 +345,6 @@ def _write_lines(
             if progress and done % 5_000 == 0:
                 progress(done, len(found.rows), "writing the selection")
     return digest.hexdigest()
-
-
-def _leak_examples(leaks: Leaks, dropped: np.ndarray, unseen: list[tuple[str, str, Example]]) -> list[dict]:
-    """The first documents that were dropped, each with the run that it shares and the dev or test text that has it."""
-    rows, shown = set(dropped[: summary.SHOWN].tolist()), []
-    for example in leaks.examples:
-        if example["row"] in rows:
-            task, split, text = unseen[example["text"]]
-            shown.append(example | {"text": text.id, "split": split, "task": task})
-    return shown
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval.corpus import Corpus
+from retrieval.leak import Leaks
 from retrieval.ranking import Found, Ranking
 from tasks.types import Example
 
@@ -59,6 +60,26 @@ def queries(examples: Sequence[Example], hits: np.ndarray, found: Found) -> dict
             for begin, end, count in zip(FETCHED, ends, steps, strict=True)
             if count
         ],
+    }
+
+
+def leaks(leaks: Leaks, found: np.ndarray, unseen: Sequence[tuple[str, str, Example]]) -> dict:
+    """What leaks of the documents `found`, int64 rows, ascending; the first of them, each with the run that it shares
+    and whose it is. `unseen`: (task, split, example) of the texts that were looked for."""
+    dropped = found[np.isin(found, leaks.rows)]
+    shown, examples = set(dropped[:SHOWN].tolist()), []
+    for example in leaks.examples:
+        if example["row"] in shown:
+            task, split, text = unseen[example["text"]]
+            examples.append(example | {"text": text.id, "split": split, "task": task})
+    return {
+        "dropped": len(dropped),
+        "in_corpus": len(leaks.rows),
+        "documents_checked": leaks.documents,
+        "texts": len(unseen),
+        "texts_under_13_tokens": leaks.not_checked,
+        "of_these_searched_whole": leaks.whole,
+        "examples": examples,
     }
 
 

@@ -33,6 +33,14 @@ def retrieve(config: configs.RetrieveConfig, names: list[str]) -> int:
     return retrieve(config)
 
 
+def corpus_add(config: configs.CorpusConfig, names: list[str]) -> int:
+    from pathlib import Path
+
+    from tlm.corpus import add
+
+    return add(Path(names[0]).expanduser(), names[1:], config)
+
+
 def train(config: configs.TrainConfig, names: list[str]) -> int:
     from rich.console import Console
 
@@ -95,6 +103,9 @@ def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
 VERBS = {
     "demo": Verb("the main job on embedded data: four arms, a table and a report", "", configs.DemoConfig, demo),
     "retrieve": Verb("select the general text that helps a task", "", configs.RetrieveConfig, retrieve),
+    "corpus add": Verb(
+        "add documents to a corpus store, or begin one", "STORE FILE ...", configs.CorpusConfig, corpus_add
+    ),
     "train": Verb("one run: retrieve, joint stage, finetune stage, test once", "", configs.TrainConfig, train),
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
@@ -118,7 +129,15 @@ REQUIRED = {
     "bench": ("task",),
     "bench recipe": ("name", "data", "corpus"),
 }
-POSITIONAL = {"eval": (1, 99), "predict": (1, 2), "export": (1, 1), "report": (1, 99), "bench": (1, 1)}
+SAID = {"bench": ("bench", "train"), "corpus add": ("store and which files", "STORE more.jsonl")}
+POSITIONAL = {
+    "corpus add": (2, 99),
+    "eval": (1, 99),
+    "predict": (1, 2),
+    "export": (1, 1),
+    "report": (1, 99),
+    "bench": (1, 1),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,7 +207,7 @@ def split_arguments(verb: str, arguments: list[str]) -> tuple[list[str], list[st
     least, most = POSITIONAL.get(verb, (0, 0))
     if not least <= len(names) <= most:
         extra = names[most] if len(names) > most else None
-        what, example = ("bench", "train") if verb == "bench" else ("run", "runs/NAME")
+        what, example = SAID.get(verb, ("run", "runs/NAME"))
         raise InputError(
             f"{extra}: not key=value and not a .yaml file"
             if extra

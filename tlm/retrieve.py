@@ -3,11 +3,16 @@
 import shutil
 from pathlib import Path
 
+from retrieval.corpus import is_store
+from retrieval.engines.scan import Stream
+from retrieval.folders import holds
+from retrieval.select import KIND
 from tasks.errors import InputError
 from tlm.config import RetrieveConfig
 from tlm.ledger import Ledger
 from tlm.prepare import open_corpus, open_task, select_for
 from tlm.progress import Progress
+from tlm.run import read_json
 from tlm.selections import sample_head, score_rows, sentences, source_rows
 
 LAST = "manifest.json"  # its existence means that the folder is whole
@@ -15,14 +20,20 @@ LAST = "manifest.json"  # its existence means that the folder is whole
 
 def retrieve(config: RetrieveConfig) -> int:
     out, cache, progress = Path(config.out), Path(config.cache).expanduser(), Progress()
-    if out.exists() and any(out.iterdir()) and not (out / LAST).exists():
-        raise InputError(f"{out}: is not empty and holds no selection; choose another out=DIR")
+    if out.exists() and not holds(out, KIND) and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is not an empty folder and holds no selection; choose another out=DIR")
     tasks = [open_task(spec.strip(), config.data) for spec in specs(config.task)]
     quota = parse_quota(config.quota, len(tasks))
-    corpus = open_corpus(config.corpus, cache, Ledger(), progress)
+    if config.retrieval.engine == "scan" and config.retrieval.selector == "bm25" and not is_store(config.corpus):
+        corpus = Stream(config.corpus)
+    else:
+        corpus = open_corpus(config.corpus, cache, Ledger(), progress)
     with progress.phase("retrieval"):
         selection = select_for(tasks, corpus, config, cache, progress, quota)
     out.mkdir(parents=True, exist_ok=True)
+    last_time = read_json(out / LAST)["files"] if (out / LAST).exists() else ()
+    for name in set(last_time) - set(selection.manifest["files"]):
+        (out / name).unlink(missing_ok=True)
     for source in sorted(selection.folder.iterdir(), key=lambda path: path.name == LAST):
         half = out / f".{source.name}"
         try:

@@ -26,7 +26,7 @@ def sentences(manifest: Mapping) -> Iterator[str]:
         k = f", {part['k']:,} documents a query" if "k" in part else ""
         yield (
             f"{part['task']}: {part['documents']:,} documents, {part['words']:,} words (quota {part['quota']:.0%}{k})"
-            + (f"; {kl_sentence(part['kl'])}" if part["kl"] else "")
+            + (f"; {kl_sentence(part['kl'])}" if part.get("kl") else "")
         )
     if "queries" in manifest:
         queries, hits = manifest["queries"], manifest["queries"]["hits"]

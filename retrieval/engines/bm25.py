@@ -16,6 +16,7 @@ that occurs and the largest count of a term in documents of that length.
 """
 
 import hashlib
+import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,20 +77,26 @@ def open_engine(
     if k1 < 0 or not 0 <= b <= 1:
         raise InputError(f"BM25 wants k1 of at least 0 and b from 0 to 1, not k1={k1} and b={b}")
     folder, threads = Path(folder), num_threads(threads)
-    place = folder / folders.key(corpus=corpus.fingerprint, analyzer=analyzer.hash, version=VERSION)
+    place = place_of(folder, corpus.fingerprint, analyzer)
     shard_bytes = max(memory // MEMORY_PER_TEXT // threads, 1)
     write = partial(_write, corpus, analyzer, folder, shard_bytes, threads, progress)
     manifest = folders.ensure(place, KIND, VERSION, lambda new: write())
+    if not all((folder / name / folders.MANIFEST).exists() for name in manifest["shards"]):
+        shutil.rmtree(place)  # it holds names alone; the shards that are there stay
+        manifest = folders.ensure(place, KIND, VERSION, lambda new: write())
     return BM25(place, manifest, analyzer, SCORINGS[scoring], k1, b, threads)
+
+
+def place_of(folder: Path, fingerprint: str, analyzer: Analyzer) -> Path:
+    """Where the index of a corpus is, or would be."""
+    return folder / folders.key(corpus=fingerprint, analyzer=analyzer.hash, version=VERSION)
 
 
 class Shard:
     """Documents `first` and following of the corpus, opened."""
 
-    def __init__(self, folder: Path, first: int, analyzer: Analyzer, index: Path):
+    def __init__(self, folder: Path, first: int, analyzer: Analyzer):
         manifest = folders.load(folder, SHARD_KIND, VERSION)
-        if manifest is None:
-            raise InputError(f"the index's shard {folder} is gone; delete {index} and it is made again")
         self.folder, self.first, self.documents = folder, first, manifest["documents"]
         self.vocabulary = Vocabulary.load(folder, analyzer)
         self.postings = np.asarray(np.memmap(folder / "postings.bin", np.uint8, "r"))
@@ -124,7 +131,7 @@ class BM25:
         self.folder, self.seconds = folder, manifest["seconds"]
         self.shards: list[Shard] = []
         for name in manifest["shards"]:
-            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer, folder))
+            self.shards.append(Shard(folder.parent / name, self._num_documents, analyzer))
         self._scoring, self._threads = scoring, threads
         self._saturations = self._make_saturations(manifest["words"], k1, b)
         self._merged, self._all_idf = self._all_terms(analyzer) if scoring.of_all_terms else (None, None)
@@ -367,8 +374,7 @@ def _write(
     corpus: Corpus, analyzer: Analyzer, folder: Path, shard_bytes: int, threads: int, progress: Progress | None
 ) -> dict:
     """Builds the shards that are not there; returns the index's manifest."""
-    cuts = np.searchsorted(corpus.offsets, np.arange(0, int(corpus.offsets[-1]), shard_bytes))
-    bounds = np.unique([*cuts, len(corpus)]).tolist()
+    bounds = _bounds(corpus, analyzer, folder, shard_bytes)
     done, lock = 0, Lock()
 
     def step(documents: int) -> None:
@@ -390,6 +396,24 @@ def _write(
         "corpus": corpus.fingerprint, "analyzer": analyzer.name, "shards": [name for name, _ in shards],
         "bytes": sum(sum(shard["files"].values()) for _, shard in shards),
     }  # fmt: skip
+
+
+def _bounds(corpus: Corpus, analyzer: Analyzer, folder: Path, shard_bytes: int) -> list[int]:
+    """Rows at which shards begin, and the end. Parts that an index of the store had before stay cut as they were."""
+    sizes = []
+    for fingerprint in corpus.earlier:
+        if index := folders.load(place_of(folder, fingerprint, analyzer), KIND, VERSION):
+            shards = [folders.load(folder / name, SHARD_KIND, VERSION) for name in index["shards"]]
+            sizes = [shard["documents"] for shard in shards] if all(shards) else sizes
+    before, bounds = {0, *np.cumsum(sizes).tolist()}, [0]
+    for part in corpus.parts:
+        if {bounds[-1], part} <= before:
+            bounds += [bound for bound in before if bounds[-1] < bound <= part]
+        else:
+            start, end = int(corpus.offsets[bounds[-1]]), int(corpus.offsets[part])
+            bounds += [*np.searchsorted(corpus.offsets, np.arange(start, end, shard_bytes)).tolist(), part]
+        bounds = sorted(set(bounds))
+    return bounds
 
 
 def _shard_name(corpus: Corpus, rows: tuple[int, int], analyzer: Analyzer) -> str:

@@ -2,8 +2,9 @@
 
 The address is the environment variable TLM_OPENSEARCH (http://localhost:9200). Documents are sent as our terms with
 blanks between, and split at blanks there, so that the analyzer is ours; the scoring is the server's, Lucene's, whose
-document lengths are rounded to one byte. A query is a disjunction of its distinct terms, weighted by their counts; one
-with more terms than the server allows clauses is an error before it is sent, since a part of it would be another query.
+document lengths are rounded to one byte. A query is a disjunction of its distinct terms, weighted by their counts. One
+with more terms than the server allows clauses is sent in parts whose scores are added up; it ends when no document that
+was not seen can belong to the best, so that it is exact (but for the last digit of a sum, which may decide near-ties).
 Every failure is tried again, three times, and then an error: no query ends without its hits.
 """
 
@@ -26,6 +27,7 @@ from tasks.errors import InputError
 VERSION = 1
 ADDRESS = "http://localhost:9200"
 DOCUMENTS_A_REQUEST, QUERIES_A_REQUEST = 1_000, 32
+IDS_A_REQUEST = 10_000
 MOST_HITS = 10_000  # index.max_result_window, unless it is set
 TRIES, SECONDS_BETWEEN, SECONDS_A_REQUEST = 4, 0.5, 120
 RETRIED = (429, 500, 502, 503, 504)
@@ -68,43 +70,64 @@ class OpenSearch:
         self._most_clauses = client.most_clauses()
 
     def search(self, queries: list[list[str]], k: int) -> Hits:
-        """See `Hits`. Raises InputError for a query of more distinct terms than the server allows clauses."""
+        """See `Hits`."""
         k = min(k, self._num_documents)
         hits = Hits(np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k)))
-        for number, query in enumerate(queries):
-            if len(set(query)) > self._most_clauses:
-                raise InputError(
-                    f"query {number} has {len(set(query))} distinct terms, {self._client.address} allows "
-                    f"{self._most_clauses} clauses; set retrieval.query_terms={self._most_clauses}, or the server's "
-                    "indices.query.bool.max_clause_count higher"
-                )
-        asked = [number for number, query in enumerate(queries) if query]
+        counts = [Counter(query) for query in queries]
+        asked = [number for number, count in enumerate(counts) if 0 < len(count) <= self._most_clauses]
         for first in range(0, len(asked), QUERIES_A_REQUEST):
             some = asked[first : first + QUERIES_A_REQUEST]
-            answers = self._client.search(self._name, [_disjunction(queries[number], k) for number in some])
-            for number, found in zip(some, answers, strict=True):
-                rows = np.array([int(hit["_id"]) for hit in found], np.int64)
-                scores = np.array([hit["_score"] for hit in found], np.float64)
-                order = np.lexsort((rows, -scores))
-                hits.rows[number, : len(rows)], hits.scores[number, : len(rows)] = rows[order], scores[order]
+            for number, scores in zip(some, self._ask([counts[number] for number in some], k), strict=True):
+                _fill(hits, number, scores)
+        for number, count in enumerate(counts):
+            if len(count) > self._most_clauses:
+                _fill(hits, number, self._search_in_parts(count, k))
         return hits
+
+    def _search_in_parts(self, query: Counter, k: int) -> dict[int, float]:
+        """The threshold algorithm (Fagin, Lotem and Naor, PODS 2001): the best of each part, ever more of them, until
+        the K-th sum is above what one that is among the best of no part can reach."""
+        terms, step = list(query), max(self._most_clauses - 1, 1)  # one clause is for the filter
+        parts = [Counter({t: query[t] for t in terms[i : i + step]}) for i in range(0, len(terms), step)]
+        depth = k
+        while True:
+            found = self._ask(parts, depth)
+            rows = sorted(set().union(*found))
+            sums = dict.fromkeys(rows, 0.0)
+            for first in range(0, len(rows), IDS_A_REQUEST):
+                some = rows[first : first + IDS_A_REQUEST]
+                for scores in self._ask(parts, len(some), some):
+                    for row, score in scores.items():
+                        sums[row] += score
+            best = sorted(sums.values(), reverse=True)[:k]
+            reach = sum(min(scores.values()) for scores in found if len(scores) == depth)
+            if reach == 0 or depth == self._num_documents or (len(best) == k and best[-1] > reach):
+                return sums
+            depth = min(4 * depth, self._num_documents)
+
+    def _ask(self, queries: list[Counter], k: int, rows: list[int] | None = None) -> list[dict[int, float]]:
+        """{row: score} of the best of each query, of all documents or of those at `rows`."""
+        answers = self._client.search(self._name, [_disjunction(query, k, rows) for query in queries])
+        return [{int(hit["_id"]): hit["_score"] for hit in found} for found in answers]
 
     def explain(self, query: list[str], row: int) -> dict[str, float]:
         """What each term of the query adds to the score of one document; terms that it lacks are left out."""
-        terms = list(dict.fromkeys(query))
-        bodies = []
-        for term in terms:
-            body = _disjunction([term] * query.count(term), 1)
-            body["query"]["bool"]["filter"] = {"ids": {"values": [str(row)]}}
-            body["query"]["bool"]["minimum_should_match"] = 1
-            bodies.append(body)
-        found = self._client.search(self._name, bodies)
-        return {term: hits[0]["_score"] for term, hits in zip(terms, found, strict=True) if hits}
+        found = self._ask([Counter({term: count}) for term, count in Counter(query).items()], 1, [row])
+        return {term: scores[row] for term, scores in zip(Counter(query), found, strict=True) if scores}
 
 
-def _disjunction(query: list[str], k: int) -> dict:
-    clauses = [{"term": {"text": {"value": term, "boost": float(count)}}} for term, count in Counter(query).items()]
-    return {"query": {"bool": {"should": clauses}}, "size": k, "_source": False, "track_total_hits": False}
+def _fill(hits: Hits, number: int, scores: dict[int, float]) -> None:
+    """The best of these documents become the hits of a query."""
+    best = sorted(scores, key=lambda row: (-scores[row], row))[: hits.rows.shape[1]]
+    hits.rows[number, : len(best)], hits.scores[number, : len(best)] = best, [scores[row] for row in best]
+
+
+def _disjunction(query: Counter, k: int, rows: list[int] | None = None) -> dict:
+    clauses = [{"term": {"text": {"value": term, "boost": float(count)}}} for term, count in query.items()]
+    bool_ = {"should": clauses}
+    if rows is not None:
+        bool_ |= {"filter": {"ids": {"values": list(map(str, rows))}}, "minimum_should_match": 1}
+    return {"query": {"bool": bool_}, "size": k, "_source": False, "track_total_hits": False}
 
 
 class Client:

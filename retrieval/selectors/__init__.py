@@ -1,6 +1,6 @@
 """Selectors: which documents of a corpus a task wants, one file each, one signature, so that rivals can stand in.
 
-rank(texts, corpus, options, cache, threads=0, memory=MEMORY, progress=None) -> Ranking
+rank(texts, corpus, options, cache, threads=0, memory=MEMORY, cluster=None, progress=None) -> Ranking
     texts: the task's training texts. options: values of the names that OPTIONS lists for the selector.
 """
 

@@ -16,7 +16,7 @@ from retrieval.ranking import Found, Ranking
 LEAST_TOKENS = 100
 
 
-def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> Ranking:
+def rank(texts, corpus, options, cache, threads=0, memory=0, cluster=None, progress=None) -> Ranking:
     buckets, ends, hashing = corpus_ngrams(corpus, cache, threads, progress)
     start = time.perf_counter()
     weights = log_weights(texts, buckets, ends)

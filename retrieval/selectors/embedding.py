@@ -25,7 +25,7 @@ BATCH_TEXTS = 32
 MEND = "name a folder that sentence-transformers has saved"
 
 
-def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> Ranking:
+def rank(texts, corpus, options, cache, threads=0, memory=0, cluster=None, progress=None) -> Ranking:
     import torch
 
     folder = model_folder(options["model"])

@@ -5,7 +5,7 @@ import numpy as np
 from retrieval.ranking import Found, Ranking
 
 
-def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> Ranking:
+def rank(texts, corpus, options, cache, threads=0, memory=0, cluster=None, progress=None) -> Ranking:
     size = len(corpus)
     rows, ranks = random_rows(size, options["seed"]), np.arange(1, size + 1, dtype=np.int32)
     return Ranking(Found(rows, ranks, np.zeros(size), np.full(size, -1, np.int32)), seconds={})

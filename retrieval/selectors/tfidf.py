@@ -24,7 +24,7 @@ KIND, VERSION = "TF-IDF vectors", 1
 BLOCK_DOCUMENTS = 8_192
 
 
-def rank(texts, corpus, options, cache, threads=0, memory=0, progress=None) -> Ranking:
+def rank(texts, corpus, options, cache, threads=0, memory=0, cluster=None, progress=None) -> Ranking:
     analyzer = ANALYZERS[options["analyzer"]]
     folder = cache / "tfidf" / folders.key(corpus=corpus.fingerprint, analyzer=analyzer.hash, version=VERSION)
     manifest = folders.ensure(folder, KIND, VERSION, lambda place: _write(place, corpus, analyzer, progress))

@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from retrieval.corpus import Corpus, Document, build_corpus, open_corpus
+from retrieval import folders
+from retrieval.corpus import Corpus, Document, add_documents, build_corpus, open_corpus
 from tasks.errors import InputError
 
 
@@ -158,6 +159,73 @@ def test_missing_and_damaged_stores(tmp_path):
     (store / "texts.bin").write_bytes(b"some")
     with pytest.raises(InputError, match=r"texts\.bin has 4 bytes instead of 9"):
         open_corpus(str(store), tmp_path)
+
+
+def test_added_documents_make_the_store_of_all_documents(real_text, tmp_path):
+    given = [Document(f"d{i}", f"{text} \u4e2d", f"s{i % 3}") for i, text in enumerate(real_text[:300])]
+    given[150:150] = [Document("blank", " "), Document("again", given[3].text.upper()), Document("new", "x", "z")]
+    whole = build_corpus(given, tmp_path / "whole")
+    store = tmp_path / "store"
+    build_corpus(given[:100], store, ["one"])
+    for first, last, parts in ((100, 110, 2), (110, 110, 2), (110, 180, 2), (180, 200, 3), (200, len(given), 1)):
+        old = Corpus(store)
+        corpus = add_documents(given[first:last], store, [f"from {first}"])
+        assert documents(old) == documents(whole)[: len(old)]  # who has it open is not disturbed
+        assert len(corpus.parts) == parts  # one no larger than what is added is joined with it
+        assert corpus.parts[-1] == len(corpus)
+    for file in store.glob("*.bin"):
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+    assert documents(corpus) == documents(whole)
+    assert corpus.statistics == whole.statistics
+    assert corpus.fingerprint == whole.fingerprint
+    assert corpus.manifest["inputs"] == ["one", "from 100", "from 110", "from 110", "from 180", "from 200"]
+
+
+def test_an_addition_that_fails_leaves_the_store_as_it_was(real_text, tmp_path):
+    store = tmp_path / "store"
+    before = build_corpus([Document(str(i), text) for i, text in enumerate(real_text[:50])], store)
+
+    def killed():
+        yield Document("a", "words that are new")
+        yield Document("b", "x" * 100_000)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        add_documents(killed(), store)
+    with pytest.raises(InputError, match=r"the id '7' repeats in more\.csv: rows 7 and 51"):
+        add_documents([Document("a", "words that are new"), Document("7", "also new")], store, ["more.csv"])
+    assert folders.load(store, "corpus store", 2) == before.manifest
+    assert all(path.stat().st_size == size for path, size in sizes_of(store, before))
+    with pytest.raises(InputError, match="is not a corpus store"):
+        add_documents([Document("a", "words")], tmp_path)
+
+
+def sizes_of(store, corpus: Corpus) -> list:
+    return [(store / name, size) for name, size in corpus.manifest["files"].items()]
+
+
+def test_what_a_killed_addition_left_is_not_there_and_goes(real_text, tmp_path):
+    store = tmp_path / "store"
+    given = [Document(str(i), text) for i, text in enumerate(real_text[:50])]
+    before = build_corpus(given[:40], store)
+    for path, _ in sizes_of(store, before):
+        with path.open("ab") as file:
+            file.write(b"half of some")
+    assert documents(Corpus(store)) == documents(before)
+    assert Corpus(store).words.tolist() == before.words.tolist()
+    corpus = add_documents(given[40:], store)
+    assert documents(corpus) == [(str(i), text, "") for i, text in enumerate(real_text[:50])]
+    assert all(path.stat().st_size == size for path, size in sizes_of(store, corpus))
+
+
+def test_files_whose_store_was_added_to_are_not_taken_for_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    corpus = open_corpus(str(path), tmp_path / "cache")
+    add_documents([Document("b", "two")], corpus.folder, ["b.txt"])
+    with pytest.raises(InputError, match=r"holds more than .*a\.txt; give it as corpus="):
+        open_corpus(str(path), tmp_path / "cache")
+    assert len(open_corpus(str(corpus.folder), tmp_path / "cache")) == 2
 
 
 def test_memory_does_not_hold_the_text(tmp_path):

@@ -69,10 +69,14 @@ def test_what_fails_half_way_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+NUMPY_ON_A_FULL_DISK = OSError("34318 requested and 0 written")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), NUMPY_ON_A_FULL_DISK])
+def test_full_disk_is_one_sentence_and_leaves_nothing(error, tmp_path):
     def fail(place: Path) -> dict:
         (place / "data").write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); free some space"):
         folders.ensure(tmp_path / "folder", "thing", 1, fail)

@@ -192,7 +192,7 @@ def test_reference_engine_selects_the_same(manual, real_text, tmp_path):
 def test_progress_names_each_phase(task, manual, tmp_path):
     seen = []
     select(task, manual, cache=tmp_path, k=3, progress=lambda *step: seen.append(step))
-    assert list(dict.fromkeys(what for _, _, what in seen)) == ["looking for leaks", "indexing", "searching"]
+    assert list(dict.fromkeys(what for _, _, what in seen)) == ["indexing", "searching", "looking for leaks"]
     assert all(done <= total for done, total, _ in seen)
 
 
@@ -212,7 +212,7 @@ def test_k_comes_from_the_rule_unless_given(task, manual, cache):
             {"selector": "best"},
             "retrieval.selector=best is unknown; choose one of bm25, random, dsir, tfidf, embedding",
         ),
-        ({"engine": "lucene"}, "retrieval.engine=lucene is unknown"),
+        ({"engine": "sphinx"}, "retrieval.engine=sphinx is unknown"),
         ({"analyzer": "french"}, "retrieval.analyzer=french is unknown"),
         ({"scoring": "bm26"}, "retrieval.scoring=bm26 is unknown"),
         ({"k": 0}, "retrieval.k=0 must be at least 1"),

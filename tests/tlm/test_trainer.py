@@ -505,6 +505,14 @@ def test_zero_gives_the_losses_and_norms_of_plain_training(stage, device, plain,
     assert_same_losses(tmp_path / "zero", plain)
 
 
+def test_deepspeeds_adamw_gives_the_losses_of_ours_and_compiles_nothing(plain, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    theirs = ["deepspeed.optimizer.type=AdamW", "deepspeed.optimizer.params.betas=[0.9,0.98]"]
+    assert main([*arguments, "run=theirs", "optimizer=adamw", *theirs]) == 0
+    assert_same_losses(tmp_path / "theirs", plain)
+    assert not (tmp_path / "compiled").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

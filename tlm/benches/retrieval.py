@@ -2,7 +2,8 @@
 
 All engines get the same terms (our analyzer `english`), whole training texts as queries, and Lucene's scoring. Ours
 gets all queries of a task at once, as a selection does; a rival, whose time a query does not depend on their number,
-gets RIVAL_QUERIES of them. Indexing of bm25s is timed without making terms of the texts, ours with it.
+gets RIVAL_QUERIES of them. Indexing of bm25s is timed without making terms of the texts, ours and Lucene's with it.
+Rivals of the default engines= take part where they are installed.
 
 task= names one task or several with commas between. The parts are `search` (one thread, then two), `index`, `scan`,
 `memory` and `growth`; cases= chooses among them. With out=FILE each part is written when it is done, and one that is
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +40,7 @@ PRELOAD = ["numpy", "numba", "retrieval.engines.bm25"]
 
 
 def bench(config: BenchConfig) -> int:
-    from retrieval.engines import ENGINES
+    from retrieval.engines import ENGINES, load
 
     if not config.corpus:
         raise InputError("corpus=: missing; `tlm bench retrieval corpus=...` needs it")
@@ -48,6 +50,8 @@ def bench(config: BenchConfig) -> int:
     if unknown := [name for name in cases if name not in PARTS]:
         raise InputError(f"cases={unknown[0]}: no such case; use some of {', '.join(PARTS)}")
     progress, out = Progress(), Path(config.out) if config.out else None
+    if config.engines == BenchConfig().engines:
+        config = replace(config, engines=[name for name in config.engines if installed(name, load, progress)])
     corpus = open_corpus(config.corpus, Path(config.cache).expanduser(), Ledger(), progress)
     texts = {}
     for spec in config.task.split(","):
@@ -65,6 +69,15 @@ def bench(config: BenchConfig) -> int:
     if out and any(row["case"].startswith("growth") for row in rows):
         plot(rows, out.with_suffix(".png"))
     return 0
+
+
+def installed(engine: str, load: Callable, progress: Progress) -> bool:
+    try:
+        load(engine)
+    except InputError as error:
+        progress.say(f"{engine} does not take part: {error}")
+        return False
+    return True
 
 
 # --- parts: each gives rows -----------------------------------------------------------------------------------------

@@ -1,61 +1,46 @@
 """Selection: the part of a general corpus that resembles a task's training texts.
 
-Every training text queries the corpus and the union of their best K documents is kept, each document as its best hit:
-the one with the smallest rank, then the highest score. Documents that hold dev or test text are dropped. The rest is
-ordered by rank, score and row, and cut at a budget, so that a smaller selection is a prefix of a larger one.
+A selector (retrieval/selectors) ranks documents for the training texts. With `bm25` every text queries the corpus, and
+the union of their best K documents is kept, each as its best hit: the one with the smallest rank, then the highest
+score. Documents that hold dev or test text are dropped, and, if asked for, those nearly the same as a better one. The
+rest is ordered by rank, score and row, and cut at a budget, so that a smaller selection is a prefix of a larger one.
+Several tasks share one selection by quota (retrieval/quota.py).
 
 A selection folder: selection.jsonl.gz, a line {"id", "text", "source", "rank" (from 1), "score", "query" (the training
-example's id)}; rows.npy int64, ranks.npy int32, scores.npy float64, queries.npy int32 (index of the training text, -1
-for none); leaks.npy int64 (rows of the whole corpus that leak); hits.npy int32[training texts]; manifest.json. It is
-found again by the hash of all that made it.
+example's id)}, and "task" where there are several; rows.npy int64, ranks.npy int32, scores.npy float64, queries.npy
+int32 (index of the training text, -1 for none; those of several tasks follow one another); leaks.npy int64 (rows of the
+whole corpus that leak); hits.npy int32[training texts], where they query; manifest.json. It is found again by the hash
+of all that made it.
 """
 
 import gzip
 import hashlib
 import json
+import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from retrieval import folders
+from retrieval import folders, selectors, summary
 from retrieval.analyze import ANALYZERS
-from retrieval.baselines import random_rows
-from retrieval.cluster import Cluster
 from retrieval.corpus import Corpus, Progress
 from retrieval.engines import ENGINES, MEMORY
 from retrieval.engines.scan import Stream
 from retrieval.leak import find_leaks
-from retrieval.queries import make_queries
+from retrieval.ngrams import kl_reduction
+from retrieval.quota import draft
+from retrieval.ranking import Found, Ranking, fetched
+from retrieval.repeats import Repeats
 from retrieval.scoring import SCORINGS
 from tasks.errors import InputError
-from tasks.types import Task
+from tasks.types import Example, Task
 
 KIND, VERSION = "selection", 1
-SELECTORS = ("bm25", "random")
-QUERIES_A_BATCH = 2_048  # as many as the engine bm25 takes at once; fewer where they would have more hits than:
-HITS_IN_MEMORY = 4_000_000
-HITS_A_SCAN = 16_000_000  # 16 bytes each, in each thread
 FETCHED = "fetched"
-EXPLAINED_DOCUMENTS = 500
-SHOWN = 3
-
-
-class Found(NamedTuple):
-    """Documents and their best hits, [N] each: rows int64, ranks int32 from 1, scores float64, queries int32."""
-
-    rows: np.ndarray
-    ranks: np.ndarray
-    scores: np.ndarray
-    queries: np.ndarray
-
-    def at(self, places: np.ndarray | slice) -> "Found":
-        return Found(*(column[places] for column in self))
 
 
 class Selection:
@@ -95,7 +80,7 @@ def paper_k(num_queries: int) -> int:
 
 
 def select(
-    task: Task,
+    tasks: Task | Sequence[Task],
     corpus: Corpus | Stream,
     *,
     cache: Path,
@@ -108,7 +93,10 @@ def select(
     k: int | None = None,
     max_documents: int | None = None,
     max_words: int | None = None,
+    max_similarity: float | None = None,
     query_terms: int = 128,
+    model: str | None = None,
+    quota: Sequence[float] | None = None,
     like: Selection | None = None,
     seed: int = 0,
     threads: int = 0,
@@ -116,17 +104,20 @@ def select(
     cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """The selection for a task, made under `cache` or found there.
+    """The selection for a task, or for several, made under `cache` or found there.
 
     `k`: documents a query, by `paper_k` if None. `max_documents` and `max_words` bound the selection; `like` takes the
-    bound from another one: its words if it was cut by words, else its number of documents. The selector `random` draws
-    documents by `seed` until the bound. Texts with more terms than `query_terms` query by their key terms.
-    `memory`: bytes that building an index may take. A `Stream` is for the engine scan alone; it holds repeats, of which
-    the first stays, and is looked through for leaks only as far as it was found. `cluster`: a Ray address (see
-    `retrieval.cluster`) whose machines read it.
+    bound from another one: its words if it was cut by words, else its number of documents. The selectors `random` and
+    `dsir` draw documents by `seed` until the bound. Texts with more terms than `query_terms` query by their key terms.
+    `max_similarity`: documents at least so alike to a better one are dropped (retrieval/repeats.py). `model`: the
+    folder that the selector `embedding` uses. `quota`: what each of several tasks gets of the bound and, times `k`, of
+    the documents a query; equal if None. `memory`: bytes that building an index may take.
+    A `Stream` is for the engine scan alone; it holds repeats, of which the first stays, and is looked through for leaks
+    only as far as it was found. `cluster`: a Ray address (see `retrieval.cluster`) whose machines read it.
     Raises InputError for unknown names and values out of range, and where nothing is found.
     """
-    names = {"selector": SELECTORS, "engine": ENGINES, "analyzer": ANALYZERS, "scoring": SCORINGS}
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    names = {"selector": selectors.OPTIONS, "engine": ENGINES, "analyzer": ANALYZERS, "scoring": SCORINGS}
     for name, value in {"selector": selector, "engine": engine, "analyzer": analyzer, "scoring": scoring}.items():
         if value not in names[name]:
             raise InputError(f"retrieval.{name}={value} is unknown; choose one of {', '.join(names[name])}")
@@ -134,35 +125,39 @@ def select(
     for name, bound in bounds.items():
         if bound is not None and bound < 1:
             raise InputError(f"retrieval.{name}={bound} must be at least 1")
+    if max_similarity is not None and not 0 < max_similarity <= 1:
+        raise InputError(f"retrieval.max_similarity={max_similarity} must be above 0 and at most 1")
     if isinstance(corpus, Stream) and (selector, engine) != ("bm25", "scan"):
         raise InputError(f"files without a store are for retrieval.engine=scan alone, not for {selector} with {engine}")
     if cluster and not isinstance(corpus, Stream):
         raise InputError(f"retrieval.cluster={cluster} is for retrieval.engine=scan over files; leave it out")
     if like is not None:
         max_documents, max_words = _bounds_of(like)
+    if selector in selectors.EVERYTHING and max_documents is None and max_words is None:
+        raise InputError(f"the selector {selector} wants a bound: retrieval.max_documents or retrieval.max_words")
+    shares = _shares(tasks, quota)
+    given = {
+        "engine": engine, "analyzer": analyzer, "scoring": scoring, "k1": k1, "b": b, "query_terms": query_terms,
+        "model": model, "seed": seed, "k": k or (paper_k(len(tasks[0].splits["train"])) if len(tasks) == 1 else None),
+    }  # fmt: skip
     options = {"selector": selector, "max_documents": max_documents, "max_words": max_words}
-    if selector == "random":
-        if max_documents is None and max_words is None:
-            raise InputError("the selector random wants a bound: retrieval.max_documents or retrieval.max_words")
-        options["seed"] = seed
-    else:
-        k = k or paper_k(len(task.splits["train"]))
-        options |= {
-            "engine": engine, "analyzer": analyzer, "scoring": scoring, "k1": k1, "b": b, "k": k,
-            "query_terms": query_terms,
-        }  # fmt: skip
+    options |= {"max_similarity": max_similarity} | {name: given[name] for name in selectors.OPTIONS[selector]}
+    embedding = selectors.load(selector) if selector == "embedding" else None
     key = folders.key(
-        train=[(example.id, example.text) for example in task.splits["train"]],
-        unseen=[task.texts("dev"), task.texts("test")],
+        train=[[(example.id, example.text) for example in task.splits["train"]] for task in tasks],
+        unseen=[[task.texts("dev"), task.texts("test")] for task in tasks],
+        names=[task.name for task in tasks] if len(tasks) > 1 else None,
+        shares=shares,
         corpus=corpus.fingerprint,
         analyzer=ANALYZERS[analyzer].hash,
         options=options,
+        model=embedding.fingerprint(embedding.model_folder(model)) if embedding else None,
         version=VERSION,
     )
     folder = Path(cache) / "selections" / key
 
     def write(new: Path) -> dict:
-        return _write(new, task, corpus, options, Path(cache), threads, memory, cluster, progress)
+        return _write(new, tasks, shares, corpus, options, Path(cache), threads, memory, cluster, progress)
 
     folders.ensure(folder, KIND, VERSION, write)
     return Selection(folder)
@@ -174,9 +169,21 @@ def _bounds_of(like: Selection) -> tuple[int | None, int | None]:
     return len(like), None
 
 
+def _shares(tasks: Sequence[Task], quota: Sequence[float] | None) -> list[float]:
+    """Of the whole; they sum to 1."""
+    quota = [1.0] * len(tasks) if quota is None else list(quota)
+    if len(quota) != len(tasks) or not all(math.isfinite(part) and part > 0 for part in quota):
+        listed = ",".join(f"{part:g}" for part in quota)
+        raise InputError(f"quota={listed}: give one number above 0 for each of the {len(tasks)} tasks")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise InputError(f"task={','.join(task.name for task in tasks)}: a task is named twice; leave one out")
+    return [part / sum(quota) for part in quota]
+
+
 def _write(
     folder: Path,
-    task: Task,
+    tasks: Sequence[Task],
+    shares: Sequence[float],
     corpus: Corpus | Stream,
     options: dict,
     cache: Path,
@@ -185,189 +192,159 @@ def _write(
     cluster: str | None,
     progress: Progress | None,
 ) -> dict:
-    unseen = [*task.texts("dev"), *task.texts("test")]
-    stream = corpus if isinstance(corpus, Stream) else None
-    seconds = {}  # what each part takes, also where it lay in the cache
-    if stream is None:
-        leaks = find_leaks(corpus, unseen, cache, threads, progress)
-        seconds["leaks"] = leaks.seconds
-    if options["selector"] == "random":
-        found = _all_at_random(len(corpus), options["seed"])
-    else:
-        how = (ANALYZERS[options["analyzer"]], options["scoring"], options["k1"], options["b"], cache / "indexes")
-        if cluster:
-            engine = Cluster(cluster, corpus, *how, threads, progress)
-        else:
-            engine = ENGINES[options["engine"]](corpus, *how, threads, progress, memory)
-        seconds["index"] = engine.seconds
-        with _timed(seconds, "search"):
-            queries = make_queries(task.texts("train"), ANALYZERS[options["analyzer"]], options["query_terms"])
-            found, hits = _search(engine, queries, options["k"], progress)
-        np.save(folder / "hits.npy", hits)
-    if not len(found.rows):
-        raise InputError(
-            f"no document of the corpus shares a term with any of the {len(task.splits['train'])} training texts of "
-            f"{task.name}; choose a corpus in the task's language"
-        )
-    documents = len(corpus)
-    if stream is not None:  # from here on the documents that were found stand for it
+    def rank(task: Task, own: dict) -> Ranking:
+        of_task = task.texts("train"), corpus, own, cache
+        return selectors.load(options["selector"]).rank(*of_task, threads, memory, cluster, progress)
+
+    rankings, parts, seconds = _rankings(tasks, shares, options, rank)
+    stream, row_of = None, lambda rows: rows
+    if isinstance(corpus, Stream):  # from here on the documents that were found stand for it
         with _timed(seconds, "fetch"):
-            corpus, rows_there = engine.fetch(np.sort(found.rows), folder / FETCHED)
-        found = found.at(np.isin(found.rows, rows_there))
-        found = found._replace(rows=np.searchsorted(rows_there, found.rows))
-        leaks = find_leaks(corpus, unseen, cache, threads, progress)
-        seconds["leaks"] = leaks.seconds
-    leaking = np.isin(found.rows, leaks.rows)
-    kept = _cut(found.at(~leaking), corpus, options)
-    if not len(kept.rows):
-        raise InputError(f"of {len(found.rows)} documents none is left: all leak, or max_words is below the first's")
+            stream, (corpus, rankings, rows) = corpus, fetched(rankings, folder / FETCHED)
+        row_of = rows.__getitem__
+    found = [ranking.found for ranking in rankings]
+    unseen = [
+        (task.name, split, example) for task in tasks for split in ("dev", "test") for example in task.splits[split]
+    ]
+    leaks = find_leaks(corpus, [example.text for _, _, example in unseen], cache, threads, progress)
+    seconds["leaks"] = leaks.seconds
+    clean = [each.at(~np.isin(each.rows, leaks.rows)) for each in found]
+    repeats = None if options["max_similarity"] is None else Repeats(corpus, options["max_similarity"])
+    with _timed(seconds, "union"):
+        bounds = options["max_documents"], options["max_words"]
+        given, turns = draft(clean, shares, np.asarray(corpus.words), *bounds, repeats and repeats.refuses)
+    if not len(turns):
+        raise InputError(
+            f"of {sum(len(each.rows) for each in found)} documents none is left: all leak, or max_words is below the "
+            "first's"
+        )
+    kept, examples, firsts = _in_turns(clean, given, turns, tasks)
+    hits = None if rankings[0].hits is None else np.concatenate([ranking.hits for ranking in rankings])
     with _timed(seconds, "write"):
-        digest = _write_lines(folder, task, corpus, kept, progress)
-        columns = kept._asdict() | {"leaks": leaks.rows}
-        if stream is not None:
-            columns |= {name: rows_there[columns[name]] for name in ("rows", "leaks")}
-        for name, column in columns.items():
+        digest = _write_lines(folder, tasks, corpus, kept, turns, examples, progress)
+        columns = kept._asdict() | {"rows": row_of(kept.rows), "leaks": row_of(leaks.rows)}
+        for name, column in (columns if hits is None else columns | {"hits": hits}).items():
             np.save(folder / f"{name}.npy", column)
+
+    def nearness(texts: list[str], rows: np.ndarray) -> dict:
+        if stream is not None:  # random documents of it, to compare with, would take another pass
+            return {}
+        return {"kl": kl_reduction(texts, corpus, rows) if len(rows) else None}
+
+    with _timed(seconds, "kl"):
+        kl = nearness([example.text for example in examples], kept.rows)
+        for number, part in enumerate(parts if len(tasks) > 1 else []):
+            own = kept.rows[turns == number]
+            part |= {"documents": len(own), "words": int(corpus.words[own].sum())}
+            part |= nearness(tasks[number].texts("train"), own)
+    all_found = np.unique(np.concatenate([each.rows for each in found]))
+    whole = corpus if stream is None else stream
     manifest = {
-        "task": task.name,
-        "train_texts": len(task.splits["train"]),
+        "task": "+".join(task.name for task in tasks),
+        "train_texts": len(examples),
         "corpus": {
-            "folder": stream.spec if stream is not None else str(corpus.folder),
-            "fingerprint": (corpus if stream is None else stream).fingerprint,
-            "documents": documents,
+            "folder": str(corpus.folder) if stream is None else stream.spec,
+            "fingerprint": whole.fingerprint,
+            "documents": len(whole),
         },
         "options": options,
         "documents": len(kept.rows),
         "words": int(corpus.words[kept.rows].sum()),
-        "by_source": _by_source(corpus, kept.rows),
-        "leaks": {
-            "dropped": int(leaking.sum()),
-            "in_corpus": len(leaks.rows),
-            "documents_checked": leaks.documents,
-            "texts": len(unseen),
-            "texts_under_13_tokens": leaks.not_checked,
-            "of_these_searched_whole": leaks.whole,
-            "examples": _leak_examples(leaks.examples, found.rows[leaking]),
-        },
+        "by_source": summary.by_source(corpus, kept.rows),
+        **kl,
+        "leaks": summary.leaks(leaks, all_found, unseen),
+        "samples": summary.samples(corpus, examples, kept),
         "seconds": seconds,
         "sha256": digest,
     }
+    if len(tasks) > 1:
+        manifest["tasks"] = parts
+    if repeats:
+        manifest["near_duplicates"] = {"dropped": repeats.dropped, "examples": repeats.examples}
+    if hits is not None:
+        manifest["found"] = len(all_found)
+        manifest["queries"] = summary.queries(examples, hits, kept)
     if options["selector"] != "random":
-        manifest["found"] = len(found.rows)
-        manifest["queries"] = _query_report(task, queries, hits)
-        explain = (
-            (lambda query, row: engine.explain_text(query, corpus[row].text)) if stream is not None else engine.explain
-        )
-        manifest["terms"] = _strongest_terms(explain, queries, kept)
+        manifest["scores"] = summary.scores(kept)
+    if rankings[0].explain:
+        manifest["terms"] = summary.strongest_terms(rankings, firsts, kept, turns)
+    for example in [*manifest["leaks"]["examples"], *(repeats.examples if repeats else [])]:
+        example["row"] = int(row_of(example["row"]))
     if stream is not None:
         shutil.rmtree(folder / FETCHED)
     return manifest
 
 
-def _all_at_random(num_documents: int, seed: int) -> Found:
-    """The whole corpus, in a random order that stands for a ranking."""
-    ranks = np.arange(1, num_documents + 1, dtype=np.int32)
-    rows = random_rows(num_documents, seed)
-    return Found(rows, ranks, np.zeros(num_documents), np.full(num_documents, -1, np.int32))
+def _rankings(
+    tasks: Sequence[Task], shares: Sequence[float], options: dict, rank: Callable[[Task, dict], Ranking]
+) -> tuple[list[Ranking], list[dict], dict[str, float]]:
+    """Each task's ranking; what the manifest says of each task; and what each part took, also where it lay in the
+    cache. Raises InputError where a task finds nothing."""
+    rankings, parts, seconds = [], [], {}
+    for task, share in zip(tasks, shares, strict=True):
+        own = dict(options)
+        if "k" in own:
+            own["k"] = max(1, round((own["k"] or paper_k(len(task.splits["train"]))) * share * len(tasks)))
+        ranking = rank(task, own)
+        if not len(ranking.found.rows):
+            raise InputError(
+                f"no document of the corpus shares a term with any of the {len(task.splits['train'])} training texts "
+                f"of {task.name}; choose a corpus in the task's language"
+            )
+        for phase, spent in ranking.seconds.items():  # only searching is done anew for each task
+            seconds[phase] = round(spent + (seconds.get(phase, 0) if phase == "search" else 0), 3)
+        rankings.append(ranking)
+        parts.append({"task": task.name, "quota": share} | ({"k": own["k"]} if "k" in own else {}))
+    return rankings, parts, seconds
 
 
-def _search(engine, queries: list[list[str]], k: int, progress: Progress | None) -> tuple[Found, np.ndarray]:
-    """The union of all queries' hits by rank, score and row; and how many hits each query had, int32[queries]."""
-    num_hits = np.zeros(len(queries), np.int32)
-    parts, waiting = [], 0
-    step = min(QUERIES_A_BATCH, max(HITS_IN_MEMORY // k, 1))
-    if getattr(engine, "in_passes", False):  # a batch is a pass through the corpus: let there be few
-        engine.count(queries)
-        step = max(HITS_A_SCAN // k, 1)
-    for first in range(0, len(queries), step):
-        hits = engine.search(queries[first : first + step], k)
-        query, place = np.nonzero(hits.rows >= 0)
-        num_hits[first : first + len(hits.rows)] = np.bincount(query, minlength=len(hits.rows))
-        ranks, numbers = (place + 1).astype(np.int32), (query + first).astype(np.int32)
-        parts.append(Found(hits.rows[query, place], ranks, hits.scores[query, place], numbers))
-        waiting += len(query)
-        if waiting > HITS_IN_MEMORY:
-            parts, waiting = [_best_hits(parts)], 0
-        if progress:
-            progress(min(first + step, len(queries)), len(queries), "searching")
-    found = _best_hits(parts)
-    return found.at(np.lexsort((found.rows, -found.scores, found.ranks))), num_hits
+def _in_turns(
+    clean: Sequence[Found], given: Sequence[np.ndarray], turns: np.ndarray, tasks: Sequence[Task]
+) -> tuple[Found, list[Example], list[int]]:
+    """The drafted documents in their order; the training texts of all tasks, which their queries now count through;
+    and where each task's begin."""
+    examples = [example for task in tasks for example in task.splits["train"]]
+    firsts = np.cumsum([0, *(len(task.splits["train"]) for task in tasks)])[:-1].tolist()
+    drafted = [each.at(places) for each, places in zip(clean, given, strict=True)]
+    moved = [
+        each._replace(queries=np.where(each.queries >= 0, each.queries + first, -1).astype(np.int32))
+        for each, first in zip(drafted, firsts, strict=True)
+    ]
+    order = np.argsort(np.argsort(turns, kind="stable"), kind="stable")  # from task by task to turn by turn
+    kept = Found(*(np.concatenate(columns)[order] for columns in zip(*moved, strict=True)))
+    return kept, examples, firsts
 
 
-def _best_hits(parts: list[Found]) -> Found:
-    """One hit for each document: the smallest rank, then the highest score, then the first query."""
-    hits = Found(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    hits = hits.at(np.lexsort((hits.queries, -hits.scores, hits.ranks, hits.rows)))
-    return hits.at(np.diff(hits.rows, prepend=-1) != 0)
-
-
-def _cut(found: Found, corpus: Corpus, options: dict) -> Found:
-    """The longest prefix within the bounds."""
-    found = found.at(slice(options["max_documents"]))
-    if options["max_words"] is None:
-        return found
-    words = np.cumsum(corpus.words[found.rows], dtype=np.int64)
-    return found.at(slice(int(np.searchsorted(words, options["max_words"], "right"))))
-
-
-def _write_lines(folder: Path, task: Task, corpus: Corpus, found: Found, progress: Progress | None) -> str:
+def _write_lines(
+    folder: Path,
+    tasks: Sequence[Task],
+    corpus: Corpus,
+    found: Found,
+    turns: np.ndarray,
+    examples: Sequence[Example],
+    progress: Progress | None,
+) -> str:
     """Writes selection.jsonl.gz; returns the SHA-256 of its lines, which are the same on every machine."""
-    ids = [example.id for example in task.splits["train"]]
     digest = hashlib.sha256()
     with (
         (folder / "selection.jsonl.gz").open("wb") as raw,
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=0) as file,
     ):
-        columns = (column.tolist() for column in found)
-        for done, (row, rank, score, query) in enumerate(zip(*columns, strict=True), 1):
+        columns = (column.tolist() for column in (*found, turns))
+        for done, (row, rank, score, query, task) in enumerate(zip(*columns, strict=True), 1):
             document = corpus[row]
             record = {
                 "id": document.id, "text": document.text, "source": document.source,
-                "rank": rank, "score": score, "query": ids[query] if query >= 0 else None,
+                "rank": rank, "score": score, "query": examples[query].id if query >= 0 else None,
             }  # fmt: skip
+            if len(tasks) > 1:
+                record["task"] = tasks[task].name
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             file.write(line)
             if progress and done % 5_000 == 0:
                 progress(done, len(found.rows), "writing the selection")
     return digest.hexdigest()
-
-
-def _by_source(corpus: Corpus, rows: np.ndarray) -> dict[str, dict[str, int]]:
-    """Documents and words of each source, the largest first."""
-    size, sources = len(corpus.source_names), corpus.sources[rows]
-    documents = np.bincount(sources, minlength=size)
-    words = np.bincount(sources, corpus.words[rows], minlength=size)
-    return {
-        corpus.source_names[source]: {"documents": int(documents[source]), "words": int(words[source])}
-        for source in np.argsort(-documents, kind="stable")
-        if documents[source]
-    }
-
-
-def _leak_examples(examples: list[dict], dropped: np.ndarray) -> list[dict]:
-    rows = set(dropped[:SHOWN].tolist())
-    return [example for example in examples if example["row"] in rows]
-
-
-def _query_report(task: Task, queries: list[list[str]], hits: np.ndarray) -> dict:
-    """How the queries fared; those that found nothing are counted and the first of them named."""
-    empty = [task.splits["train"][query].id for query in np.flatnonzero(hits == 0)]
-    return {
-        "number": len(queries),
-        "terms": sum(map(len, queries)),
-        "hits": {"fewest": int(hits.min()), "median": float(np.median(hits)), "most": int(hits.max())},
-        "without_hits": len(empty),
-        "without_hits_examples": empty[:SHOWN],
-    }
-
-
-def _strongest_terms(explain: Callable, queries: list[list[str]], found: Found) -> dict[str, float]:
-    """The ten terms that add most to the scores of the first documents."""
-    adds = Counter()
-    for row, query in zip(found.rows[:EXPLAINED_DOCUMENTS], found.queries, strict=False):
-        adds.update(explain(queries[query], int(row)))
-    return {term: round(score, 1) for term, score in adds.most_common(10)}
 
 
 @contextmanager

@@ -119,7 +119,12 @@ VERBS = {
     "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
-    "report": Verb("one HTML page and PNGs from run folders, finished or not", "RUN ...", configs.ReportConfig, report),
+    "report": Verb(
+        "one HTML page and PNGs from run folders, finished or not, and selections",
+        "RUN ...",
+        configs.ReportConfig,
+        report,
+    ),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
     "doctor": Verb(

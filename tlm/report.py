@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval.analyze import ANALYZERS
+from retrieval.folders import holds
 from retrieval.select import Selection
 from tasks.errors import InputError
 from tasks.types import Task
@@ -29,6 +30,7 @@ from tlm.curves import (
 )
 from tlm.page import Html, element, grid, join, section, write_page
 from tlm.run import read_json, write_bytes
+from tlm.selections import selection_section
 from tlm.tables import arm_title, results_section, scientific, short, verdict, whole
 
 Runs = Mapping[str, Sequence[Path]]  # name -> run folders, one a seed
@@ -71,8 +73,11 @@ def report(folders: Sequence[str], config: ReportConfig) -> int:
     out = Path(config.out)
     if out.suffix != ".html":
         raise InputError(f"out={out}: must be the name of a page, such as report.html")
-    found = dict.fromkeys(run.resolve() for folder in folders for run in find_runs(Path(folder)))
-    print(write_runs_report(out, by_name([read_run(folder) for folder in found])))
+    chosen = [Path(folder) for folder in folders if holds(Path(folder), "selection")]
+    others = [Path(folder) for folder in folders if Path(folder) not in chosen]
+    found = dict.fromkeys(run.resolve() for folder in others for run in find_runs(folder))
+    selections = {folder.name: Selection(folder).manifest for folder in chosen}
+    print(write_runs_report(out, by_name([read_run(folder) for folder in found]), selections))
     return 0
 
 
@@ -84,7 +89,9 @@ def find_runs(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: no such run; name the folder of a run, such as runs/NAME")
     inside = [path.parent for path in folder.glob("*/config.yaml")]
     if not inside:
-        raise InputError(f"{folder}: holds no run (no config.yaml); name the folder of a run, or one of several runs")
+        raise InputError(
+            f"{folder}: holds no run (no config.yaml) and is no selection; name the folder of a run, or of several"
+        )
     return sorted(inside, key=lambda run: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", run.name)])
 
 
@@ -111,12 +118,14 @@ def by_name(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
     return named
 
 
-def write_runs_report(out: Path, runs: Mapping[str, Sequence[RunFiles]]) -> Path:
-    """Writes the page `out`, and its pictures beside it; returns the page's path."""
+def write_runs_report(
+    out: Path, runs: Mapping[str, Sequence[RunFiles]], selections: Mapping[str, dict] | None = None
+) -> Path:
+    """Writes the page `out`, and its pictures beside it; returns the page's path. `selections`: manifests by name."""
     everyone = [run for group in runs.values() for run in group]
     records = {name: [run.records for run in group] for name, group in runs.items()}
     finished = {name: done for name, group in runs.items() if (done := [r.summary for r in group if r.summary])}
-    mlm, task, dev = panels(next((run for run in everyone if run.summary), everyone[0]).metric)
+    mlm, task, dev = panels(next((run.metric for run in sorted(everyone, key=lambda run: run.summary is None)), ""))
     learning, steps, speed = (
         [panel_picture(panel, records) for panel in chosen if any(map(any, records.values()))]
         for chosen in ((mlm, task, TOTAL, dev), STEPS, SPEED)
@@ -125,13 +134,16 @@ def write_runs_report(out: Path, runs: Mapping[str, Sequence[RunFiles]]) -> Path
     for picture in (*learning, *steps, *speed, *cost):
         write_bytes(out.with_suffix("") / f"{picture.slug}.png", picture.light)
     note = "AdamW's learning rate; Muon's has the same course. The gradient's norm is the one before clipping."
+    chosen = list(selections or ())
+    names = [run.folder.name for run in everyone] + chosen
     write_page(
         out,
-        everyone[0].folder.name if len(everyone) == 1 else f"{len(everyone)} runs",
+        names[0] if len(names) == 1 else f"{len(everyone)} runs" if not chosen else ", ".join(names),
         runs_section(everyone),
         *scores_sections(finished),
         figures_section("Learning", LEARNING_NOTE, learning),
         spikes_section(everyone),
+        *selection_sections(everyone, selections or {}),
         figures_section("Optimization", note, steps),
         figures_section("Speed", "Of the steps alone, without evaluation and checkpoints.", speed),
         cost_section(finished, cost),
@@ -140,7 +152,20 @@ def write_runs_report(out: Path, runs: Mapping[str, Sequence[RunFiles]]) -> Path
     return out
 
 
+def selection_sections(runs: Sequence[RunFiles], selections: Mapping[str, dict]) -> list[Html]:
+    """One for each selection, named by the runs that trained on it and the folders that hold it."""
+    named: dict[str, tuple[dict, list[str]]] = {}
+    for run in runs:
+        if manifest := run.summary and run.summary.get("selection"):
+            named.setdefault(manifest["sha256"], (manifest, []))[1].append(run.folder.name)
+    for name, manifest in selections.items():
+        named.setdefault(manifest["sha256"], (manifest, []))[1].append(name)
+    return [selection_section(f"Selection of {', '.join(names)}", manifest) for manifest, names in named.values()]
+
+
 def runs_section(runs: Sequence[RunFiles]) -> Html:
+    if not runs:
+        return Html("")
     rows = [
         [
             run.folder.name,
@@ -275,7 +300,7 @@ def retrieved_section(arms: Mapping[str, Sequence[dict]], task: Task) -> Html:
     selection = chosen_selection(arms)
     if selection is None:
         return Html("")
-    analyzer = ANALYZERS[selection.manifest["options"]["analyzer"]]
+    analyzer = ANALYZERS[selection.manifest["options"].get("analyzer", "english")]
     best: dict[str, dict] = {}
     held_by: Counter[str] = Counter()
     for number, record in enumerate(selection.records()):
@@ -313,7 +338,7 @@ def chosen_selection(arms: Mapping[str, Sequence[dict]]) -> Selection | None:
         folder = Path((summaries[0].get("selection") or {}).get("folder") or "-")
         if (folder / "manifest.json").exists():
             selection = Selection(folder)
-            if selection.manifest["options"]["selector"] != "random":
+            if "queries" in selection.manifest:
                 return selection
     return None
 

@@ -17,6 +17,9 @@ TITLES = {
     "scratch": "task only",
     "random": "random documents",
     "tlm": "TLM",
+    "tlm-dsir": "TLM by DSIR",
+    "tlm-tfidf": "TLM by TF-IDF",
+    "tlm-embedding": "TLM by embeddings",
 }
 
 

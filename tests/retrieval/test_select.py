@@ -99,7 +99,7 @@ def test_lines_and_manifest_agree_with_the_arrays(task, manual, cache):
     assert {name: entry["documents"] for name, entry in by_source.items()} == sources
     assert sum(entry["words"] for entry in by_source.values()) == selection.manifest["words"]
     assert selection.manifest["words"] == sum(len(record["text"].split()) for record in records)
-    assert set(selection.manifest["seconds"]) == {"leaks", "index", "search", "write"}
+    assert set(selection.manifest["seconds"]) == {"leaks", "index", "search", "union", "write", "kl"}
     assert len(selection.manifest["terms"]) == 10
 
 
@@ -192,7 +192,7 @@ def test_reference_engine_selects_the_same(manual, real_text, tmp_path):
 def test_progress_names_each_phase(task, manual, tmp_path):
     seen = []
     select(task, manual, cache=tmp_path, k=3, progress=lambda *step: seen.append(step))
-    assert list(dict.fromkeys(what for _, _, what in seen)) == ["looking for leaks", "indexing", "searching"]
+    assert list(dict.fromkeys(what for _, _, what in seen)) == ["indexing", "searching", "looking for leaks"]
     assert all(done <= total for done, total, _ in seen)
 
 
@@ -208,7 +208,10 @@ def test_k_comes_from_the_rule_unless_given(task, manual, cache):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selector": "best"}, "retrieval.selector=best is unknown; choose one of bm25, random"),
+        (
+            {"selector": "best"},
+            "retrieval.selector=best is unknown; choose one of bm25, random, dsir, tfidf, embedding",
+        ),
         ({"engine": "sphinx"}, "retrieval.engine=sphinx is unknown"),
         ({"analyzer": "french"}, "retrieval.analyzer=french is unknown"),
         ({"scoring": "bm26"}, "retrieval.scoring=bm26 is unknown"),

@@ -290,6 +290,31 @@ def test_a_folder_of_runs_becomes_a_page_and_pictures(several, tmp_path, capsys)
     assert "tlm train; on a, 2 cores; tlm 0.1" in page.inside("dd")
 
 
+def test_a_run_and_a_selection_folder_show_what_was_selected(task, several, selection, tmp_path):
+    """One section for a selection, however many runs trained on it, with the manifest's numbers and escaped samples."""
+    for name in ("tlm-20", "tlm-21"):
+        run = make_run(several / name, task, "tlm", 0.8, selection=selection)
+        (run / "config.yaml").write_text(f"seed: {name[-2:]}")
+    arguments = [str(several / "tlm-20"), str(several / "tlm-21"), str(selection.folder)]
+    assert main(["report", *arguments, f"out={tmp_path / 'two.html'}"]) == 0
+    page = Page((tmp_path / "two.html").read_text())
+    heads = [head for head in page.inside("h2") if head.startswith("Selection")]
+    assert heads == [f"Selection of tlm-20, tlm-21, {selection.folder.name}"]
+    manifest = selection.manifest
+    assert "tiny" in page.inside("th")
+    assert f"{manifest['by_source']['tiny']['words']:,}" in page.inside("td")
+    said = page.inside("li")
+    assert f"terms that pulled most: {', '.join(manifest['terms'])}" in said
+    assert any(f"reduction {manifest['kl']['reduction']:.3f}" in sentence for sentence in said)
+    for sample in manifest["samples"]:
+        assert sample["text"] in page.inside("p", "text")
+
+    assert main(["report", str(selection.folder), f"out={tmp_path / 'one.html'}"]) == 0
+    page = Page((tmp_path / "one.html").read_text())
+    assert page.inside("h1") == [selection.folder.name]
+    assert page.inside("h2") == [f"Selection of {selection.folder.name}"]
+
+
 def test_an_unfinished_run_alone_has_no_scores_and_no_cost(several, tmp_path):
     assert main(["report", str(several / "tlm-10"), f"out={tmp_path / 'one.html'}"]) == 0
     page = Page((tmp_path / "one.html").read_text())

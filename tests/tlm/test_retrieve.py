@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow
 import pytest
 import zstandard
+from conftest import write_jsonl
 from pyarrow import parquet
 
 from retrieval import corpus as corpora
-from retrieval import select
 from retrieval.corpus import open_corpus
 from retrieval.engines import scan
 from retrieval.select import Selection
+from retrieval.selectors import bm25
 from tlm.cli import main
 
 
@@ -29,14 +30,86 @@ def test_retrieve_writes_a_selection_that_opens_again(tiny_task, tiny_corpus, tm
     shown = capsys.readouterr().out
     assert f"{len(records)} documents" in shown
     assert "60 queries found 5 to 5 documents each" in shown
+    manifest = Selection(tmp_path / "out").manifest
+    assert f"terms that pulled most: {', '.join(manifest['terms'])}" in shown
+    assert f"reduction {manifest['kl']['reduction']:.3f}" in shown
+    assert sum(manifest["scores"]["histogram"]["documents"]) == len(records)
+    assert f"{manifest['samples'][0]['id']}, tiny" in " ".join(shown.split())
+
+
+def test_several_tasks_share_a_selection(tiny_task, tiny_corpus, tmp_path, capsys):
+    """Two tasks: the tiny one, and one on Python that lies in a single file."""
+    words = {"a": ("method", "value", "name"), "b": ("class", "object", "type")}
+    rows = [
+        {"text": f"the {word} of a function in the module is called {i}", "label": label}
+        for i in range(20)
+        for label in words
+        for word in words[label]
+    ]
+    other = write_jsonl(tmp_path / "other, with a comma.jsonl", rows)
+    arguments = [f"corpus={tiny_corpus}", f"out={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
+    assert main(["retrieve", f"task={other}", *arguments, "retrieval.k=5"]) == 0
+    assert "task" not in next(Selection(tmp_path / "out").records())
+    other = other.rename(tmp_path / "other.jsonl")
+    keys = ["quota=3,1", "retrieval.max_documents=40", "retrieval.max_similarity=0.9"]
+    assert main(["retrieve", f"task={tiny_task},{other}", *arguments, *keys]) == 0
+    selection = Selection(tmp_path / "out")
+    assert [part["documents"] for part in selection.manifest["tasks"]] == [30, 10]
+    assert [record["task"] for record in selection.records()].count("other") == 10
+    shown = capsys.readouterr().out
+    assert "other: 10 documents" in shown
+    assert "(quota 25%, 2,500 documents a query)" in shown
+    assert "nearly the same as a better one were dropped" in shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["quota=1,1"], "each of the 1 tasks"),
+        (["quota=many"], "each of the 1 tasks"),
+        (["retrieval.max_similarity=0"], "max_similarity=0.0: must be above 0"),
+        (["retrieval.selector=dsri"], "did you mean dsir?"),
+        (["retrieval.selector=embedding", "retrieval.model=absent"], "retrieval.model=absent: holds no modules.json"),
+    ],
+)
+def test_bad_keys_are_one_sentence(keys, words, tiny_task, tiny_corpus, tmp_path, capsys):
+    arguments = [f"task={tiny_task}", f"corpus={tiny_corpus}", f"out={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
+    assert main(["retrieve", *arguments, *keys]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("tlm: ")
+    assert words in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_retrieve_does_not_write_into_a_folder_of_something_else(tiny_task, tiny_corpus, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     arguments = [f"task={tiny_task}", f"corpus={tiny_corpus}", f"out={tmp_path}", f"cache={tmp_path / 'cache'}"]
     assert main(["retrieve", *arguments]) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["retrieve", *arguments[:2], f"out={tmp_path / 'notes.txt'}"]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_retrieve_does_not_write_over_a_store(tiny_task, tiny_corpus, tmp_path, capsys):
+    store = open_corpus(str(tiny_corpus), tmp_path / "cache").folder
+    before = (store / "manifest.json").read_bytes()
+    arguments = [f"task={tiny_task}", f"corpus={tiny_corpus}", f"out={store}", f"cache={tmp_path / 'cache'}"]
+    assert main(["retrieve", *arguments]) == 2
+    assert "holds no selection" in capsys.readouterr().err
+    assert (store / "manifest.json").read_bytes() == before
+
+
+def test_a_selection_in_the_place_of_another_leaves_nothing_of_it(tiny_task, tiny_corpus, tmp_path):
+    out = tmp_path / "out"
+    arguments = [f"task={tiny_task}", f"corpus={tiny_corpus}", f"out={out}", f"cache={tmp_path / 'cache'}"]
+    assert main(["retrieve", *arguments, "retrieval.k=5"]) == 0
+    (out / "notes.txt").write_text("mine")
+    assert (out / "hits.npy").exists()
+    assert main(["retrieve", *arguments, "retrieval.k=5", "retrieval.selector=random"]) == 0
+    chosen = Selection(out)
+    assert {path.name for path in out.iterdir()} == {*chosen.manifest["files"], "manifest.json", "notes.txt"}
+    assert not (out / "hits.npy").exists()
 
 
 @pytest.fixture
@@ -63,7 +136,7 @@ def lines_of(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("address", ["{}", "memory://four"])
 def test_scan_selects_from_files_what_bm25_does_from_a_store(address, four_files, tiny_task, tmp_path, monkeypatch):
-    monkeypatch.setattr(select, "HITS_A_SCAN", 200)  # several passes
+    monkeypatch.setattr(bm25, "HITS_A_SCAN", 200)  # several passes
     if address != "{}":
         for file in four_files.iterdir():
             with fsspec.open(f"{address}/{file.name}", "wb") as there:
@@ -83,6 +156,27 @@ def test_scan_selects_from_files_what_bm25_does_from_a_store(address, four_files
     assert ours.manifest["corpus"]["documents"] == theirs.manifest["corpus"]["documents"]
 
 
+def test_scan_of_files_does_several_tasks_by_quota(four_files, tiny_task, tmp_path):
+    """And drops near-duplicates: a fifth file has the texts of the first again, each with a word more."""
+    again = [json.loads(line)["text"] + " qwzx" for line in (four_files / "a.jsonl").open()]
+    write_jsonl(four_files / "e.jsonl", [{"text": text} for text in again])
+    rows = [{"text": f"how the {word} {i} is called", "label": word} for i in range(12) for word in ("value", "name")]
+    other = write_jsonl(tmp_path / "other.jsonl", rows)
+    arguments = [f"task={tiny_task},{other}", "quota=3,1", f"corpus={four_files}", f"cache={tmp_path / 'cache'}"]
+    arguments += ["retrieval.k=30", "retrieval.max_documents=120", "retrieval.max_similarity=0.8"]
+    for engine in ("scan", "bm25"):
+        assert main(["retrieve", *arguments, f"retrieval.engine={engine}", f"out={tmp_path / engine}"]) == 0
+    assert lines_of(tmp_path / "scan") == lines_of(tmp_path / "bm25")
+    ours, theirs = Selection(tmp_path / "scan"), Selection(tmp_path / "bm25")
+    assert np.array_equal(ours.rows, theirs.rows)
+    for name in ("near_duplicates", "terms", "queries", "scores", "samples", "found"):
+        assert ours.manifest[name] == theirs.manifest[name]
+    assert ours.manifest["near_duplicates"]["dropped"] > 5
+    assert [part["documents"] for part in ours.manifest["tasks"]] == [90, 30]
+    assert "kl" in theirs.manifest
+    assert "kl" not in ours.manifest | ours.manifest["tasks"][0]
+
+
 def test_scan_of_files_keeps_the_first_of_repeats_and_drops_leaks(tiny_task, tmp_path, capsys):
     test_text = json.loads((tiny_task / "test.jsonl").read_text().splitlines()[0])["text"]
     texts = ["match team", "market shares", "Match, team!", test_text, "film actor"]
@@ -92,6 +186,7 @@ def test_scan_of_files_keeps_the_first_of_repeats_and_drops_leaks(tiny_task, tmp
     selection = Selection(tmp_path / "out")
     assert sorted(record["id"] for record in selection.records()) == ["c.jsonl:1", "c.jsonl:2", "c.jsonl:5"]
     assert selection.leaks.tolist() == [3]
+    assert [example["row"] for example in selection.manifest["leaks"]["examples"]] == [3]
     assert "1 documents that overlap" in capsys.readouterr().out
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text, "id": "x"}) + "\n" for text in texts))
     assert main(["retrieve", *arguments, "retrieval.engine=scan", f"out={tmp_path / 'out'}"]) == 2

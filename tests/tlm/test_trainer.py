@@ -22,6 +22,7 @@ RUN = [
     "model.hidden=32", "model.layers=2", "model.heads=2", "model.intermediate=48", "model.max_length=32",
     "tokenizer.vocabulary=400", "retrieval.k=20", "joint.steps=40", "joint.batch=8", "joint.eval_every=20",
     "finetune.steps=20", "finetune.batch=8", "finetune.eval_every=10", "threads=1", "checkpoint_seconds=0",
+    "joint.external_per_task=3", "finetune.head=fresh",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 EXTERNAL, TASK = "external", "task"
+LEAST_TEXTS = {EXTERNAL: 1, TASK: 4}  # of a micro-batch whose size is given in tokens
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tlm import warmstart
 from tlm.config import TrainConfig
 from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
+from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK
 from tlm.model import ModelShape, forward_flops
 from tlm.optimizers import muon_flops
 from tlm.prepare import NO_TASK, arm_of, open_task
@@ -94,26 +95,31 @@ class StageCost:
 
 def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
     """Of both stages; FLOPs and tokens grow with the steps."""
-    model, shape = config.model, shape_of(config, task)
-    task_length, costs = mean_length(task.texts("train"), model.max_length), {}
+    model, shape, costs = config.model, shape_of(config, task), {}
+    task_length = int(mean_length(task.texts("train"), model.max_length))
+    optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
     for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
-        length = model.max_length if config.corpus and name == "joint" else int(task_length)
-        texts = stage.batch or max(1, round(stage.batch_tokens / length))
-        rho1 = config.joint.external_per_task if config.corpus else 0
-        masked = texts * length * config.joint.mask_rate if name == "joint" else 0
-        classified = texts / (rho1 + 1) if name == "joint" else texts
-        once = 3 * forward_flops(shape, [length] * texts, round(masked), round(classified))
-        optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
-        full_steps = stage.steps * (1 - 3 / 8 * stage.batch_ramp)  # the mean batch of a ramp is 5/8
-        micro_batches = full_steps * stage.accumulation
-        at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
-        share = min(1.0, at_once / (texts * length))
-        costs[name] = StageCost(
-            flops=round(micro_batches * once) + stage.steps * optimizer,
-            tokens=round(micro_batches * texts * length),
-            activations=activation_bytes(
+        joint = name == "joint"
+        rho1 = config.joint.external_per_task if config.corpus and joint else 0
+        lengths = {TASK: task_length} | ({EXTERNAL: model.max_length} if rho1 else {})
+        flops = tokens = activations = 0
+        for source, length in lengths.items():
+            texts = stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / length))
+            often = (1 if source == TASK else rho1) / (rho1 + 1)
+            masked = round(texts * length * config.joint.mask_rate) if joint else 0
+            flops += often * 3 * forward_flops(shape, [length] * texts, masked, texts * (source == TASK))
+            tokens += often * texts * length
+            at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
+            share = min(1.0, at_once / (texts * length))
+            needed = activation_bytes(
                 shape, round(share * texts * length), length, round(share * masked), config.activation_checkpointing
-            ),
+            )
+            activations = max(activations, needed)
+        micro_batches = stage.steps * (1 - 3 / 8 * stage.batch_ramp) * stage.accumulation  # a ramp's mean batch is 5/8
+        costs[name] = StageCost(
+            flops=round(micro_batches * flops) + stage.steps * optimizer,
+            tokens=round(micro_batches * tokens),
+            activations=activations,
         )
     return costs
 

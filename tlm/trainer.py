@@ -26,7 +26,7 @@ from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
-from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
+from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
@@ -187,7 +187,7 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
     """Micro-batches of `stage.batch` texts, or of as many as hold about `stage.batch_tokens` tokens."""
     sizes = {source: len(examples) for source, examples in objective.sources.items()}
     batch = {
-        source: stage.batch or max(1, round(stage.batch_tokens / examples.lengths.mean()))
+        source: stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / examples.lengths.mean()))
         for source, examples in objective.sources.items()
     }
     mixture = Mixture(seed, sizes, batch, rho1, stage.accumulation, round(stage.batch_ramp * stage.steps))
@@ -268,7 +268,8 @@ class Loop:
             loss, norm, amounts = self.gradients(micros)
             due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds
             loss, asked, due = self.world.sum([loss, signals.number, due])
-            if trouble := stage.spikes.judge("+".join(micro.source for micro in draw), loss, norm):
+            kind, texts = "+".join(micro.source for micro in draw), min(len(micro.examples) for micro in draw)
+            if trouble := stage.spikes.judge(kind, loss, norm, texts):
                 meter.add(**{name: amounts[name] for name in ("tokens", "external_tokens", "flops")})
                 if self.answer(boards, trouble, draw, loss, norm) == "rewind":
                     continue

@@ -248,6 +248,15 @@ class PoolConfig:
 
 
 @dataclass
+class PoolBuildConfig:
+    out: str = key("", "folder of the pool; it must not exist yet")
+    bigbench: str | None = key(
+        None, "bigbench-1.0.0.tar.gz (`pip download --no-deps bigbench==1.0.0`), or the folder unpacked from it"
+    )
+    evals: str | None = key(None, "folder registry/data of the package evals (found where the package is installed)")
+
+
+@dataclass
 class DoctorConfig:
     json: bool = key(False, "print JSON instead of tables")
 

@@ -63,6 +63,8 @@ def test_letters_are_the_answer_only_where_the_template_lists_them():
         ("{{ '{0.__class__}'.format(input) }}", "unsafe"),
         ("{{ self._TemplateReference__context }}", "unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ 9 ** 9 ** 9 }}", "unsafe"),
+        ("{{ 'ha' * 1000000000000 }}", "unsafe"),
         ("{{ input.nothing }}", "no attribute 'nothing'"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% for c in choices %}", "no template"),

@@ -100,6 +100,18 @@ def compare(config: configs.CompareConfig, names: list[str]) -> int:
     return compare(config)
 
 
+def pool_show(config: configs.PoolConfig, names: list[str]) -> int:
+    from tlm.pool import show
+
+    return show(names[0], config)
+
+
+def pool_build(config: configs.PoolBuildConfig, names: list[str]) -> int:
+    from tlm.pool_build import build
+
+    return build(config)
+
+
 def doctor(config: configs.DoctorConfig, names: list[str]) -> int:
     from tlm.doctor import doctor
 
@@ -127,6 +139,10 @@ VERBS = {
     ),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
+    "pool build": Verb(
+        "a pool of published tasks out of the packages bigbench and evals", "", configs.PoolBuildConfig, pool_build
+    ),
+    "pool show": Verb("what a pool of prompted tasks holds", "POOL", configs.PoolConfig, pool_show),
     "doctor": Verb(
         "what is installed, what works here, and how to get what is missing", "", configs.DoctorConfig, doctor
     ),
@@ -135,11 +151,16 @@ REQUIRED = {
     "train": ("task",),
     "retrieve": ("task", "corpus"),
     "export": ("out",),
+    "pool build": ("out",),
     "compare": ("task", "corpus"),
     "bench": ("task",),
     "bench recipe": ("name", "data", "corpus"),
 }
-SAID = {"bench": ("bench", "train"), "corpus add": ("store and which files", "STORE more.jsonl")}
+SAID = {
+    "pool show": ("pool", "FOLDER"),
+    "bench": ("bench", "train"),
+    "corpus add": ("store and which files", "STORE more.jsonl"),
+}
 POSITIONAL = {
     "corpus add": (2, 99),
     "eval": (1, 99),
@@ -147,6 +168,7 @@ POSITIONAL = {
     "export": (1, 1),
     "report": (1, 99),
     "bench": (1, 1),
+    "pool show": (1, 1),
 }
 
 

@@ -249,6 +249,25 @@ class ReportConfig:
 
 
 @dataclass
+class PoolConfig:
+    categories: list[str] = field(
+        default_factory=lambda: ["train", "heldout"],
+        metadata={"help": "what to show: categories by name, or all that train, or all held out"},
+    )
+    examples: int = key(3, "rendered examples on the terminal, each of another category (the page has one of each)")
+    out: str | None = key(None, "a page to write as well, such as pool.html")
+
+
+@dataclass
+class PoolBuildConfig:
+    out: str = key("", "folder of the pool; it must not exist yet")
+    bigbench: str | None = key(
+        None, "bigbench-1.0.0.tar.gz (`pip download --no-deps bigbench==1.0.0`), or the folder unpacked from it"
+    )
+    evals: str | None = key(None, "folder registry/data of the package evals (found where the package is installed)")
+
+
+@dataclass
 class DoctorConfig:
     json: bool = key(False, "print JSON instead of tables")
 
@@ -507,7 +526,7 @@ AT_LEAST = {
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1, "tries": 1,
-    "checkpoints": 1, "pretraining": 0.01,
+    "checkpoints": 1, "pretraining": 0.01, "examples": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip

@@ -131,7 +131,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
                     f"{stage.most_tokens or 'a micro-batch has'}, and the run goes on from its last checkpoint"
                 ) from None
         checkpoints.wait()
-        if odd := lowbit.odd_inputs(model):
+        if odd := lowbit.take_odd(model):
             progress.say(f"{stage.name}: " + ", ".join(f"{number:,} {what}" for what, number in sorted(odd.items())))
         stage.average.apply(model)
         model = engines.whole(model)

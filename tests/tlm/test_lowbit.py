@@ -211,7 +211,8 @@ def test_odd_inputs_are_counted_and_as_loud_as_in_fp32():
     assert out.isfinite().all(1).tolist() == [True, True, False, False, True, True]
     out[0].sum().backward()  # all other rows of the output's gradient are zero
     found = {"input zero blocks": 1, "input infinite": 1, "input NaN": 2, "gradient zero blocks": 5}
-    assert lowbit.odd_inputs(model) == found
+    assert lowbit.take_odd(model) == found
+    assert not lowbit.take_odd(model)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,6 @@ All of it is plain torch, the slow twin of kernels that are not written yet: num
 round them and products are summed in float32, so that it shows what a recipe does to training, and saves no time.
 """
 
-from tlm.lowbit.conversion import check, convert, odd_inputs, recipe_of, weights_as_read
+from tlm.lowbit.conversion import check, convert, recipe_of, take_odd, weights_as_read
 
-__all__ = ["check", "convert", "odd_inputs", "recipe_of", "weights_as_read"]
+__all__ = ["check", "convert", "recipe_of", "take_odd", "weights_as_read"]

@@ -86,9 +86,14 @@ def weights_as_read(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def odd_inputs(model: nn.Module) -> Counter[str]:
-    """What `Linear.odd` has counted, over all modules."""
-    return sum((m.odd for m in model.modules() if isinstance(m, Linear)), Counter())
+def take_odd(model: nn.Module) -> Counter[str]:
+    """What `Linear.odd` has counted, over all modules, since it was last taken."""
+    total: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            total += module.odd
+            module.odd.clear()
+    return total
 
 
 def recipe_of(precision: str) -> str | None:

@@ -1,6 +1,6 @@
 """Random numbers that are a pure function of (seed, place): Philox 4x32-10 (Salmon et al. 2011, Random123).
 
-The same bits as Triton's `tl.rand4x(seed, offset)` on any device, in any order, and hence after a resume.
+The same bits on any device, in any order, and hence after a resume. Triton's `tl.randint4x` is the same function.
 """
 
 import torch

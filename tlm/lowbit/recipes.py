@@ -35,7 +35,7 @@ RECIPES = {
     "fp8-rowwise": Recipe(Cast(E4M3, ROW), Cast(E4M3, ROW), Cast(E5M2, ROW)),
     "fp8-blockwise": Recipe(ACROSS_128, Cast(E4M3, (128, 128)), ACROSS_128),  # DeepSeek-V3 (arXiv 2412.19437)
     "mxfp8": Recipe(ACROSS_32, ACROSS_32, ACROSS_32),  # OCP Microscaling Formats v1.0
-    # Inputs and weights to nearest: their errors do not add up over steps, as those of the gradients would.
+    # Only gradients are added up over steps, where the bias of rounding to nearest would add up with them.
     "int8": Recipe(Cast(INT8, ROW), Cast(INT8, ROW), Cast(INT8, ROW), stochastic=True),
     "ternary": Recipe(Cast(INT8, ROW), ternary, None),
     "binary": Recipe(Cast(INT8, ROW), binary, None),

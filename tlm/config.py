@@ -161,7 +161,11 @@ class TrainConfig(RunConfig):
         metadata={"help": "with task=none: tasks whose dev and test texts are kept out of the corpus"},
     )
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
-    precision: str = key("fp32", "what matrix products read: fp32, or bf16 (a CPU with AMX, a GPU)")
+    precision: str = key(
+        "fp32",
+        "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone, emulated on a CPU: "
+        "fp8-tensorwise, fp8-rowwise, fp8-blockwise, mxfp8, int8, ternary or binary",
+    )
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(
@@ -495,6 +499,8 @@ def sha256(config: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
+# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
+RECIPES = ("fp8-tensorwise", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
@@ -505,7 +511,7 @@ CHOICES = {
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", *RECIPES),
     "spike": ("rewind", "skip", "stop", "log"),
     "boards": ("tensorboard", "wandb", "mlflow"),
     "leaks": ("refuse", "drop"),

@@ -63,6 +63,7 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
     `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
     is damaged, or the tokenizer is not its own.
     """
+    from tlm.lowbit import weights_as_read
     from tlm.model import load_model, write_tensors
     from tlm.tokenizer import own_tokenizer, save_tokenizer
 
@@ -77,7 +78,7 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
         )
     tensors = {
         theirs + name.removeprefix(ours): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in weights_as_read(model).items()
         for ours, theirs in KINDS[kind].heads.items()
         if name.startswith(ours)
     }

@@ -25,6 +25,7 @@ from tasks.errors import InputError
 from tlm.attention import angles, attend
 from tlm.batches import Batch
 from tlm.cross_entropy import linear_cross_entropy_sum
+from tlm.lowbit import convert
 from tlm.precision import rounded_up
 from tlm.run import read_json, write_json
 
@@ -53,6 +54,7 @@ class ModelShape:
     cls_id: int = 2
     sep_id: int = 3
     mask_id: int = 4
+    recipe: str | None = None  # of tlm/lowbit, that the layers' products follow
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
@@ -207,6 +209,7 @@ class Transformer(nn.Module):
             self.to_empty(device="cpu")
         else:
             draw(self, generator, residual_scale)
+        self.conversion = convert(self, shape.recipe) if shape.recipe else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden] in the batch's packed order, after the last norm."""

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from tasks.errors import InputError
 from tlm import engine as engines
-from tlm import evaluate, memory, plan, warmstart
+from tlm import evaluate, lowbit, memory, plan, warmstart
 from tlm.ahead import Ahead
 from tlm.averaging import Average
 from tlm.boards import Boards, check_boards, open_boards
@@ -76,6 +76,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     engines.check(config)
     device = engines.device_of(config.device)
     check_precision(config.precision, device)
+    lowbit.check(config, device)
     autocast = config.precision == "bf16" and device.type == "cuda"
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device, config.timeout_minutes)
@@ -94,6 +95,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     prepared = prepare(config, task, ledger, progress, world)
     meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
     model = new_model(config, prepared, device)
+    if model.conversion:
+        progress.say(str(model.conversion))
     if config.budget:
         config = within_budget(config, prepared, ledger.flops, world)
     joint, *finetune = stages(config, prepared, world)
@@ -130,6 +133,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
                     f"{stage.most_tokens or 'a micro-batch has'}, and the run goes on from its last checkpoint"
                 ) from None
         checkpoints.wait()
+        if odd := lowbit.take_odd(model):
+            progress.say(f"{stage.name}: " + ", ".join(f"{number:,} {what}" for what, number in sorted(odd.items())))
         stage.average.apply(model)
         model = engines.whole(model)
         engine.destroy()
@@ -202,8 +207,8 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
 def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> Transformer:
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`; or the
     one of `init_from` with a fresh head."""
-    shape, generator = prepared.shape(config.model), torch.Generator().manual_seed(config.seed)
-    model = Transformer(shape, generator)
+    shape = replace(prepared.shape(config.model), recipe=lowbit.recipe_of(config.precision))
+    model = Transformer(shape, torch.Generator().manual_seed(config.seed))
     if config.init_from:
         take_over(model, config.init_from)
     if prepared.start is not None:
@@ -218,7 +223,8 @@ def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> 
 def take_over(model: Transformer, folder: str) -> None:
     """The weights in `folder`, but for the classification head. Raises InputError if they are of another shape."""
     old = load_model(Path(folder))
-    if replace(old.shape, num_labels=model.shape.num_labels, max_length=model.shape.max_length) != model.shape:
+    free = {name: getattr(model.shape, name) for name in ("num_labels", "max_length", "recipe")}
+    if replace(old.shape, **free) != model.shape:
         raise InputError(f"init_from={folder}: is of another shape ({old.shape}); set model.* and tokenizer.* alike")
     weights = {name: w for name, w in old.state_dict().items() if not name.startswith(("head.", "classifier."))}
     model.load_state_dict(model.state_dict() | weights)
@@ -505,7 +511,8 @@ def describe_model(model: Transformer) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = model.model.embeddings.tok_embeddings.weight.numel()
     shape = {name: getattr(model.shape, name) for name in ("hidden", "layers", "heads", "intermediate", "max_length")}
-    return {"parameters": parameters, "parameters_without_embeddings": parameters - embeddings, **shape}
+    sizes = {"parameters": parameters, "parameters_without_embeddings": parameters - embeddings, **shape}
+    return sizes | ({"lowbit": asdict(model.conversion)} if model.conversion else {})
 
 
 def describe(values: dict, stage: Stage, metric: str) -> str:

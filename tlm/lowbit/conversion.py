@@ -1,0 +1,114 @@
+"""One call that makes a model train by a recipe, and tells what it changed and what it left."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tasks.errors import InputError
+from tlm.config import TrainConfig
+from tlm.lowbit.linear import Linear
+from tlm.lowbit.recipes import RECIPES
+
+SMALLEST = 32  # inputs or outputs: one block of mxfp8. Below it scales weigh as much as what they save
+Leave = Callable[[str, nn.Linear], str | None]  # name and module -> why it stays as it is, or None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Names of modules with weights: the converted ones, and those left with the reason."""
+
+    recipe: str
+    converted: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = Counter(self.left.values())
+        left = "; ".join(f"{number} left ({reason})" for reason, number in reasons.items())
+        return f"{self.recipe}: {len(self.converted)} matrices converted; {left}"
+
+
+def outside_layers(name: str, linear: nn.Linear) -> str | None:
+    """The layers hold the cost; heads decide the answer by small numbers."""
+    return None if ".layers." in f".{name}" else "a head"
+
+
+def convert(model: nn.Module, recipe: str, leave: Leave = outside_layers) -> Conversion:
+    """Put a lowbit.Linear in the place of every nn.Linear that is not left; parameters stay the same objects, under the
+    same names. Raises InputError for an unknown recipe, or where nothing would be converted."""
+    if recipe not in RECIPES:
+        raise InputError(f"precision={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
+    converted, left = [], {}
+    for name, module in list(model.named_modules()):
+        if not list(module.parameters(recurse=False)):
+            continue
+        if reason := why_left(name, module, leave):
+            left[name] = reason
+        else:
+            model.set_submodule(name, lowbit(module, recipe))
+            converted.append(name)
+    if not converted:
+        raise InputError(
+            f"precision={recipe}: no matrix of the layers has {SMALLEST} inputs and outputs or more, so that nothing "
+            "would change; set precision=fp32 or choose a larger model"
+        )
+    return Conversion(recipe, tuple(converted), left)
+
+
+def why_left(name: str, module: nn.Module, leave: Leave) -> str | None:
+    if type(module) is not nn.Linear:
+        return "no nn.Linear"
+    if module.weight.dtype != torch.float32:
+        return "not in float32"
+    if min(module.weight.shape) < SMALLEST:
+        return f"a side below {SMALLEST}"
+    return leave(name, module)
+
+
+def lowbit(linear: nn.Linear, recipe: str) -> Linear:
+    with torch.device("meta"):  # its own weights are never drawn
+        result = Linear(linear.in_features, linear.out_features, linear.bias is not None, recipe)
+    result.weight, result.bias = linear.weight, linear.bias
+    return result.train(linear.training)
+
+
+def weights_as_read(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict for a reader without recipes: matrices that mean nothing unrounded are as the products read them.
+
+    Left out is the rounding of inputs, and of weights that were only trained by way of rounded ones.
+    """
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and RECIPES[module.recipe].in_the_weights:
+            state[f"{name}.weight"] = RECIPES[module.recipe].weight(module.weight.detach()).dequantised()
+    return state
+
+
+def take_odd(model: nn.Module) -> Counter[str]:
+    """What `Linear.odd` has counted, over all modules, since it was last taken."""
+    total: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            total += module.odd
+            module.odd.clear()
+    return total
+
+
+def recipe_of(precision: str) -> str | None:
+    """The recipe that `precision=` names, if it is one."""
+    return precision if precision in RECIPES else None
+
+
+def check(config: TrainConfig, device: torch.device) -> None:
+    """Raises InputError where `precision=` is a recipe that the device, or another key, does not go with."""
+    if not recipe_of(config.precision):
+        return
+    key = f"precision={config.precision}"
+    if device.type != "cpu":
+        raise InputError(
+            f"{key}: has no GPU kernels yet, and would be slower than fp32 there; set device=cpu, or precision=bf16"
+        )
+    if config.compile:
+        raise InputError(f"compile=true: does not go with {key}; set compile=false")

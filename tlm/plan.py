@@ -17,7 +17,7 @@ from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
-from tlm.config import TrainConfig
+from tlm.config import TrainConfig, rows_of
 from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK
@@ -39,7 +39,9 @@ def plan(config: TrainConfig) -> dict:
         what = "task=none" if config.task == NO_TASK.name else "a checkpoint of transformers"
         raise InputError(f"--dry-run: has no plan for {what}; leave --dry-run out")
     task = open_task(config.task, config.data)
+    asked = {name: value for name, _, value, _ in rows_of(config)}
     config = fitted(config, task)
+    decided = {name: value for name, _, value, _ in rows_of(config) if value != asked[name]}
     lengths = {split: mean_length(task.texts(split), config.model.max_length) for split in task.splits}
     found = {"task": task.name, "metric": task.metric, "labels": len(task.labels)}
     found |= {
@@ -52,6 +54,8 @@ def plan(config: TrainConfig) -> dict:
         size = f", {sum(map(os.path.getsize, local)) / 1e6:,.1f} MB" if len(local) == len(files) else ""
         found["corpus"] = f"{len(files)} files{size}"
     result = {"arm": arm_of(config), "data": found}
+    if decided:
+        result["left_open"] = decided  # what the task and the budget decide
     if result["arm"] == "tfidf":
         return result
 
@@ -134,7 +138,7 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
         longest = np.quantile([tokens_of(text) for text in task.texts("train")] or [0], COVERED)
         model = replace(model, max_length=int(np.clip(-(-longest // 64) * 64, *LENGTHS)))
     config = replace(config, model=model)
-    if task is NO_TASK:
+    if task is NO_TASK or model.size == "tfidf":
         return config
     if config.budget:
         config = within_budget(config, task)

@@ -33,6 +33,25 @@ def test_the_plan_counts_the_parameters_that_the_model_has(tiny_task):
     assert plan(config)["model"]["parameters"] == pytest.approx(real, rel=0.005)
 
 
+def test_what_is_left_open_suits_the_task(tmp_path, tiny_corpus):
+    """19 of 20 texts have at most 200 words, 1.4 x 200 + 2 tokens: 282, in whole 64s 320; one has 1,000."""
+    rows = [
+        "text,label",
+        *(f"{'word ' * 199}{n},{n % 2}" for n in range(190)),
+        *(f"{'word ' * 999}{n},0" for n in range(5)),
+    ]
+    path = tmp_path / "task.csv"
+    path.write_text("\n".join(rows))
+    given = [f"task={path}", f"corpus={tiny_corpus}", "joint.steps=1000", "joint.batch_tokens=640", "joint.batch=2"]
+    chosen = plan(validate(load(TrainConfig, given)))["left_open"]
+    assert chosen["model.max_length"] == 320
+    assert set(chosen) == {"model.max_length", "retrieval.max_words"}
+    # of 1,000 micro-batches 500 are external, of 2 x 320 tokens at most
+    assert 400 * 2 * 320 / 1.4 < chosen["retrieval.max_words"] <= 500 * 2 * 320 / 1.4
+    fixed = [*given, "model.max_length=128", "retrieval.max_words=5"]
+    assert "left_open" not in plan(validate(load(TrainConfig, fixed)))
+
+
 def test_a_batch_ramp_costs_the_area_under_it(tiny_task):
     """From 1/4 to 1 over half of the steps: 5/8 of that half is seen, 13/16 of all."""
     plain, ramped = (

@@ -17,6 +17,7 @@ from tlm.evaluate import TOKENS_PER_BATCH, batches_by_length, prediction_lines, 
 from tlm.ledger import Ledger
 from tlm.mixture import TASK, Mixture
 from tlm.optimizers import schedule
+from tlm.plan import fitted
 from tlm.prepare import arm_of, open_task
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
@@ -34,10 +35,11 @@ def finetune(config: TrainConfig, progress: Progress) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     tokenizer, model = open_checkpoint(config.init_from.removeprefix("hf:"), task.labels, stage.dropout)
+    length = fitted(config, task).model.max_length
     run.begin([dict(i) for i in task.inputs])
     run.cut_metrics(0)
     with progress.phase("tokenizing"), ledger.phase("tokenizing"):
-        texts = {split: encode(tokenizer, task.texts(split), config.model.max_length) for split in ("train", "dev")}
+        texts = {split: encode(tokenizer, task.texts(split), length) for split in ("train", "dev")}
     targets = {split: np.array(task.targets(split)) for split in ("train", "dev", "test")}
     counter = Counter(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -84,7 +86,7 @@ def finetune(config: TrainConfig, progress: Progress) -> dict:
         best = best or scores(probabilities(model, tokenizer, texts["dev"]), targets["dev"])
         found = None
         if config.test:
-            found = probabilities(model, tokenizer, encode(tokenizer, task.texts("test"), config.model.max_length))
+            found = probabilities(model, tokenizer, encode(tokenizer, task.texts("test"), length))
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = model.get_input_embeddings().weight.numel()
     summary = {

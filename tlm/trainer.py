@@ -30,7 +30,7 @@ from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
-from tlm.precision import check_precision, products
+from tlm.precision import autocasts, check_precision, products
 from tlm.prepare import NO_TASK, Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
@@ -77,7 +77,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     device = engines.device_of(config.device)
     check_precision(config.precision, device)
     lowbit.check(config, device)
-    autocast = config.precision == "bf16" and device.type == "cuda"
+    autocast = autocasts(config.precision, device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device, config.timeout_minutes)
     if world.size > len(task.splits["train"]) and task is not NO_TASK:
@@ -534,5 +534,5 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
     if device.type == "cpu":
         with products(precision):
             return 1e9 * matmul_gflops(torch.get_num_threads())
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

@@ -1,11 +1,13 @@
 """A Linear by recipe: how near its products stay to fp32, what is converted, how a model trains, runs and exports."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -328,11 +330,22 @@ def test_what_does_not_go_together_is_one_sentence(given, said, arguments, tmp_p
     assert not (tmp_path / "refused").exists()
 
 
-def test_refused_on_a_gpu():
-    settings = replace(config.TrainConfig(), precision="fp8-rowwise")
-    lowbit.check(settings, torch.device("cpu"))
-    lowbit.check(replace(settings, precision="bf16"), torch.device("cuda"))
-    with pytest.raises(InputError, match="precision=fp8-rowwise: has no GPU kernels yet"):
+@pytest.mark.parametrize(
+    ("precision", "capability", "triton", "said"),
+    [
+        ("fp8-rowwise", (9, 0), True, None),
+        ("bf16", (8, 0), False, None),
+        ("mxfp8", (10, 0), True, "has no GPU kernels; set device=cpu, or precision= to one of fp8-tensorwise, "),
+        ("fp8-blockwise", (8, 0), True, r"this GPU \(sm_80\) does not multiply e4m3"),
+        ("fp8-tensorwise", (9, 0), False, "its GPU kernels need triton"),
+    ],
+)
+def test_what_a_gpu_lacks_is_one_sentence(precision, capability, triton, said, monkeypatch):
+    settings = replace(config.TrainConfig(), precision=precision)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
+    expected = pytest.raises(InputError, match=f"precision={precision}: {said}") if said else nullcontext()
+    with expected:
         lowbit.check(settings, torch.device("cuda"))
 
 

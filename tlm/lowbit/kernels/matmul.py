@@ -20,20 +20,24 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype = torch.float32) -> t
     """[M, L], [P, L], both with L contiguous -> [M, P]."""
     (M, L), P = a.values.shape, b.values.shape[0]
     out = torch.empty(M, P, dtype=dtype, device=a.values.device)
-    tile_m, tile_p = tile(M, P)
+    blocks = a.block[1] is not None or b.block[1] is not None
+    tile_m, tile_p = tile(M, P, two_scales=blocks and a.block[0] == b.block[0] == 1)
     grid = (triton.cdiv(M, tile_m) * triton.cdiv(P, tile_p),)
     scaled_matmul[grid](
         a.values, b.values, out, a.scales, b.scales, M, P, L, a.values.stride(0), b.values.stride(0), out.stride(0),
         *steps(a.scales, a.block), *steps(b.scales, b.block), a.block[0] or 1, b.block[0] or 1,
-        a.block[1] is not None or b.block[1] is not None, L % PROMOTE == 0, tile_m, tile_p, PROMOTE,
+        blocks, L % PROMOTE == 0, tile_m, tile_p, PROMOTE,
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
 
-def tile(M: int, P: int) -> tuple[int, int]:
-    """Rows and columns of the output that a program makes: less, where large tiles would leave processors idle."""
-    return (128, 128) if triton.cdiv(M, 128) * triton.cdiv(P, 128) >= 128 else (64, 64)
+def tile(M: int, P: int, two_scales: bool) -> tuple[int, int]:
+    """Rows and columns of the output that a program makes: less, where large tiles would leave processors idle, or a
+    scale a row and a column at each step would not fit the registers (on sm_100 368 bytes a thread were spilled)."""
+    if triton.cdiv(M, 128) * triton.cdiv(P, 128) < 128:
+        return 64, 64
+    return 128, 64 if two_scales else 128
 
 
 @triton.jit
@@ -49,11 +53,11 @@ def scaled_matmul(
     height = tl.minimum(tiles_m - 8 * band, 8)
     m = (8 * band + place % (8 * tiles_p) % height) * TILE_M + tl.arange(0, TILE_M)
     p = place % (8 * tiles_p) // height * TILE_P + tl.arange(0, TILE_P)
-    l = tl.arange(0, TILE_L)
+    along = tl.arange(0, TILE_L)
     in_m, in_p = m < M, p < P
 
-    a_at = a + m.to(tl.int64)[:, None] * a_step + l[None, :]
-    b_at = b + p.to(tl.int64)[None, :] * b_step + l[:, None]
+    a_at = a + m.to(tl.int64)[:, None] * a_step + along[None, :]
+    b_at = b + p.to(tl.int64)[None, :] * b_step + along[:, None]
     a_scale_at = a_scales + (m // A_ROWS) * a_scale_step_m
     b_scale_at = b_scales + (p // B_ROWS) * b_scale_step_p
     total = tl.zeros((TILE_M, TILE_P), tl.float32)
@@ -62,7 +66,7 @@ def scaled_matmul(
             left = tl.load(a_at, mask=in_m[:, None], other=0.0)
             right = tl.load(b_at, mask=in_p[None, :], other=0.0)
         else:
-            in_l = l < L - start
+            in_l = along < L - start
             left = tl.load(a_at, mask=in_m[:, None] & in_l[None, :], other=0.0)
             right = tl.load(b_at, mask=in_l[:, None] & in_p[None, :], other=0.0)
         part = tl.dot(left, right)

@@ -121,14 +121,14 @@ def steps(scales: torch.Tensor, block: tuple) -> tuple[int, int]:
 
 
 @triton.jit
-def read_tile(x, weight, mean, rstd, m, l, M, L, step_m, step_l, SOURCE: tl.constexpr):
-    """float32 numbers at rows m and columns l; 0 outside."""
-    inside = (m < M)[:, None] & (l < L)[None, :]
-    at = x + m.to(tl.int64)[:, None] * step_m + l.to(tl.int64)[None, :] * step_l
+def read_tile(x, weight, mean, rstd, row, col, M, L, step_m, step_l, SOURCE: tl.constexpr):
+    """float32 numbers at rows `row` and columns `col`; 0 outside."""
+    inside = (row < M)[:, None] & (col < L)[None, :]
+    at = x + row.to(tl.int64)[:, None] * step_m + col.to(tl.int64)[None, :] * step_l
     y = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == "norm":
-        middle, by = tl.load(mean + m, mask=m < M, other=0.0), tl.load(rstd + m, mask=m < M, other=0.0)
-        y = (y - middle[:, None]) * by[:, None] * tl.load(weight + l, mask=l < L, other=0.0).to(tl.float32)[None, :]
+        middle, by = tl.load(mean + row, mask=row < M, other=0.0), tl.load(rstd + row, mask=row < M, other=0.0)
+        y = (y - middle[:, None]) * by[:, None] * tl.load(weight + col, mask=col < L, other=0.0).to(tl.float32)[None, :]
         y = tl.where(inside, y, 0.0)
     if SOURCE == "geglu":
         gate = tl.load(at + L * step_l, mask=inside, other=0.0).to(tl.float32)
@@ -139,12 +139,12 @@ def read_tile(x, weight, mean, rstd, m, l, M, L, step_m, step_l, SOURCE: tl.cons
 @triton.jit
 def statistics(x, mean, rstd, L, step_m, step_l, eps, BLOCK: tl.constexpr):
     """Mean and 1 / standard deviation of each row."""
-    m, l = tl.program_id(0), tl.arange(0, BLOCK)
-    y = tl.load(x + m.to(tl.int64) * step_m + l.to(tl.int64) * step_l, mask=l < L, other=0.0).to(tl.float32)
+    row, col = tl.program_id(0), tl.arange(0, BLOCK)
+    y = tl.load(x + row.to(tl.int64) * step_m + col.to(tl.int64) * step_l, mask=col < L, other=0.0).to(tl.float32)
     middle = tl.sum(y, 0) / L
-    away = tl.where(l < L, y - middle, 0.0)
-    tl.store(mean + m, middle)
-    tl.store(rstd + m, 1.0 / tl.sqrt(tl.sum(away * away, 0) / L + eps))
+    away = tl.where(col < L, y - middle, 0.0)
+    tl.store(mean + row, middle)
+    tl.store(rstd + row, 1.0 / tl.sqrt(tl.sum(away * away, 0) / L + eps))
 
 
 @triton.jit
@@ -153,14 +153,14 @@ def find_largest(
     SOURCE: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitudes of the tensor, or of rows and of columns, as int32, into zeros."""
-    m, l = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    size = magnitude(read_tile(x, weight, mean, rstd, m, l, M, L, step_m, step_l, SOURCE))
+    row, col = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    size = magnitude(read_tile(x, weight, mean, rstd, row, col, M, L, step_m, step_l, SOURCE))
     if SCALE == "tensor":
         tl.atomic_max(rows, tl.max(tl.max(size, 1), 0))
     else:
-        tl.atomic_max(rows + m, tl.max(size, 1), mask=m < M)
+        tl.atomic_max(rows + row, tl.max(size, 1), mask=row < M)
         if TURNED:
-            tl.atomic_max(columns + l, tl.max(size, 0), mask=l < L)
+            tl.atomic_max(columns + col, tl.max(size, 0), mask=col < L)
 
 
 @triton.jit
@@ -172,20 +172,20 @@ def quantise_tile(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_l = tl.program_id(0), tl.program_id(1)
-    m, l = tile_m * TILE + tl.arange(0, TILE), tile_l * TILE + tl.arange(0, TILE)
-    in_m, in_l = m < M, l < L
-    y = read_tile(x, weight, mean, rstd, m, l, M, L, step_m, step_l, SOURCE)
+    row, col = tile_m * TILE + tl.arange(0, TILE), tile_l * TILE + tl.arange(0, TILE)
+    in_m, in_l = row < M, col < L
+    y = read_tile(x, weight, mean, rstd, row, col, M, L, step_m, step_l, SOURCE)
 
     if SCALE == "tensor":
         scale = scale_of(tl.load(rows), FORMAT)
         tl.store(scales, scale)
     elif SCALE == "row":
-        scale = scale_of(tl.load(rows + m, mask=in_m, other=0), FORMAT)
+        scale = scale_of(tl.load(rows + row, mask=in_m, other=0), FORMAT)
         if tile_l == 0:
-            tl.store(scales + m * scales_step_m, scale, mask=in_m)
+            tl.store(scales + row * scales_step_m, scale, mask=in_m)
     elif SCALE == "across":
         scale = scale_of(tl.max(magnitude(y), 1), FORMAT)
-        tl.store(scales + m * scales_step_m + tile_l * scales_step_l, scale, mask=in_m)
+        tl.store(scales + row * scales_step_m + tile_l * scales_step_l, scale, mask=in_m)
     else:
         scale = scale_of(tl.max(tl.max(magnitude(y), 1), 0), FORMAT)
         tl.store(scales + tile_m * scales_step_m + tile_l * scales_step_l, scale)
@@ -194,7 +194,7 @@ def quantise_tile(
     else:
         bits = rounded(tl.div_rn(y, tl.full((TILE, TILE), scale, tl.float32)), FORMAT, NATIVE)
     inside = in_m[:, None] & in_l[None, :]
-    tl.store(values + m.to(tl.int64)[:, None] * values_step + l[None, :], bits, mask=inside)
+    tl.store(values + row.to(tl.int64)[:, None] * values_step + col[None, :], bits, mask=inside)
 
     if TURNED:
         if SCALE == "tensor":
@@ -203,12 +203,12 @@ def quantise_tile(
             tl.store(across_scales + tile_m * across_step_m + tile_l * across_step_l, scale)
         else:  # the blocks of the transpose are others
             if SCALE == "row":
-                scale = scale_of(tl.load(columns + l, mask=in_l, other=0), FORMAT)
+                scale = scale_of(tl.load(columns + col, mask=in_l, other=0), FORMAT)
                 if tile_m == 0:
-                    tl.store(across_scales + l * across_step_l, scale, mask=in_l)
+                    tl.store(across_scales + col * across_step_l, scale, mask=in_l)
             else:
                 scale = scale_of(tl.max(magnitude(y), 0), FORMAT)
-                tl.store(across_scales + l * across_step_l + tile_m * across_step_m, scale, mask=in_l)
+                tl.store(across_scales + col * across_step_l + tile_m * across_step_m, scale, mask=in_l)
             bits = rounded(tl.div_rn(y, tl.broadcast_to(scale[None, :], (TILE, TILE))), FORMAT, NATIVE)
-        at = across_values + l.to(tl.int64)[:, None] * across_step + m[None, :]
+        at = across_values + col.to(tl.int64)[:, None] * across_step + row[None, :]
         tl.store(at, tl.trans(bits), mask=in_l[:, None] & in_m[None, :])

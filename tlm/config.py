@@ -164,7 +164,8 @@ class TrainConfig(RunConfig):
     precision: str = key(
         "fp32",
         "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone fp8-tensorwise, "
-        "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), mxfp8, int8, ternary or binary (emulated on a CPU)",
+        "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), fp8-delayed, mxfp8, int8, ternary or binary (emulated "
+        "on a CPU)",
     )
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
@@ -510,7 +511,7 @@ def sha256(config: Any) -> str:
 
 
 # Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
-RECIPES = ("fp8-tensorwise", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),

@@ -41,6 +41,16 @@ class World:
         comm.all_reduce(total)
         return total.tolist()
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum of tensors over all processes."""
+        if self.size == 1:
+            return values
+        from deepspeed import comm
+
+        largest = values.to(self.device)
+        comm.all_reduce(largest, op=comm.ReduceOp.MAX)
+        return largest.to(values.device)
+
     def barrier(self) -> None:
         if self.size > 1:
             from deepspeed import comm

@@ -26,6 +26,7 @@ from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
+from tlm.lowbit import delayed
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
@@ -283,6 +284,7 @@ class Loop:
                 self.engine.step()
                 meter.add(**amounts)
             stage.step += 1
+            delayed.end_step(self.model, self.world.max)
             stage.average.update(self.model)
 
             last = stage.step == settings.steps
@@ -350,6 +352,7 @@ class Loop:
             stage.skipped += stage.step - state["step"] + 1
             stage.step = state["step"]
             stage.average.load(state["average"])
+            delayed.load(self.model, state.get("largest"))
         return action
 
     def log(self, boards: Boards, rate: float, norm: float) -> None:
@@ -388,6 +391,7 @@ class Loop:
             "best": stage.best,
             "scores_since_best": stage.scores_since_best,
             "average": stage.average.state(),
+            "largest": delayed.state(self.model),
             "meter": self.meter.state(self.world.sum),
             "metrics_bytes": self.run.metrics_bytes(),
         }
@@ -398,6 +402,7 @@ class Loop:
         stage.step, stage.skipped, stage.spikes = state["step"], state["skipped"], Spikes(**state["spikes"])
         stage.best, stage.scores_since_best = state["best"], state["scores_since_best"]
         stage.average.load(state["average"])
+        delayed.load(self.model, state.get("largest"))
         self.meter.restore(state["meter"], first=self.world.rank == 0)
         self.run.cut_metrics(state["metrics_bytes"])
         self.progress.say(f"going on from checkpoint {tag} of {self.run.folder}")

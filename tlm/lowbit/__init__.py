@@ -1,5 +1,6 @@
 """Training in 8 bits and fewer: number formats (quantise.py), recipes of them (recipes.py), a Linear that follows a
-recipe (linear.py), one call that converts a model (conversion.py), and how near it stays, in dB (sqnr.py).
+recipe (linear.py), scales of earlier steps (delayed.py), one call that converts a model (conversion.py), and how near
+it stays, in dB (sqnr.py).
 
 All of it is plain torch, the slow twin of the GPU's kernels (kernels/): numbers are rounded as the hardware rounds them
 and products are summed in float32, so that it shows what a recipe does to training, and saves no time.

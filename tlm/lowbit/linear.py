@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from tlm.lowbit.delayed import Largest
 from tlm.lowbit.philox import uniforms
 from tlm.lowbit.quantise import TINY, Quantised
 from tlm.lowbit.recipes import RECIPES, Recipe
@@ -22,6 +23,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.recipe = recipe
         self.odd: Counter[str] = Counter()
+        self.largest = Largest() if RECIPES[recipe].delayed else None
 
     def forward(self, x: torch.Tensor, before: str = "plain", norm: nn.Module | None = None) -> torch.Tensor:
         """[..., K] -> [..., O]. Where gradients are rounded stochastically, the seed comes from torch's generator: the
@@ -34,6 +36,8 @@ class Linear(nn.Linear):
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
             out = Kernels.apply(before, rows, self.weight, weight, eps, recipe, self.odd, torch.is_grad_enabled())
         else:
+            if self.largest and self.training:
+                recipe = self.largest.bound(recipe)
             seed = int(torch.randint(2**62, ())) if recipe.stochastic and torch.is_grad_enabled() else None
             out = Products.apply(rows, self.weight, recipe, seed, self.odd)
         out = out.view(*x.shape[:-1], self.out_features)

@@ -7,7 +7,7 @@ carries into the exponent (31.73 becomes 16), so that under it the same is done 
 import triton
 import triton.language as tl
 
-NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
+NATIVE = not triton.knobs.runtime.interpret
 TINY = tl.constexpr(2.0**-126)  # quantise.TINY
 
 

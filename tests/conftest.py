@@ -10,6 +10,7 @@ from pydoc_data import topics as pydoc_topics
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on CPU tensors; read when triton is imported
 
 THEMES = {
     "sport": ["match", "team", "coach", "goal", "league", "season", "player", "stadium", "victory", "injury"],

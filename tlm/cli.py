@@ -94,6 +94,12 @@ def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
     return bench(config)
 
 
+def bench_gpu_kernels(config: configs.GpuKernelsConfig, names: list[str]) -> int:
+    from tlm.benches.gpu_kernels import bench
+
+    return bench(config)
+
+
 def compare(config: configs.CompareConfig, names: list[str]) -> int:
     from tlm.compare import compare
 
@@ -139,6 +145,12 @@ VERBS = {
     ),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
+    "bench gpu-kernels": Verb(
+        "FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU",
+        "",
+        configs.GpuKernelsConfig,
+        bench_gpu_kernels,
+    ),
     "pool build": Verb(
         "a pool of published tasks out of the packages bigbench and evals", "", configs.PoolBuildConfig, pool_build
     ),

@@ -163,8 +163,9 @@ class TrainConfig(RunConfig):
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
     precision: str = key(
         "fp32",
-        "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone, emulated on a CPU: "
-        "fp8-tensorwise, fp8-rowwise, fp8-blockwise, mxfp8, int8, ternary or binary",
+        "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone fp8-tensorwise, "
+        "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), fp8-delayed, mxfp8, int8, ternary or binary (emulated "
+        "on a CPU)",
     )
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
@@ -303,6 +304,16 @@ class BenchConfig:
     cache: str = key("~/.cache/tlm", "folder of what can be made again")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class GpuKernelsConfig:
+    shapes: list[str] = field(
+        default_factory=lambda: ["8192x1024x3072", "8192x4096x4096", "16384x8192x8192", "1000x768x2304"],
+        metadata={"help": "rows x inputs x outputs of the products"},
+    )
+    rounds: int = key(20, "turns of each contestant")
+    out: str | None = key(None, "JSON file for all figures, written anew after each case")
 
 
 @dataclass
@@ -500,7 +511,7 @@ def sha256(config: Any) -> str:
 
 
 # Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
-RECIPES = ("fp8-tensorwise", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
@@ -535,6 +546,7 @@ AT_LEAST = {
     "checkpoints": 1, "pretraining": 0.01, "examples": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
+    "rounds": 1,
 }  # fmt: skip
 
 

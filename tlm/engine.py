@@ -41,6 +41,16 @@ class World:
         comm.all_reduce(total)
         return total.tolist()
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum of tensors over all processes."""
+        if self.size == 1:
+            return values
+        from deepspeed import comm
+
+        largest = values.to(self.device)
+        comm.all_reduce(largest, op=comm.ReduceOp.MAX)
+        return largest.to(values.device)
+
     def barrier(self) -> None:
         if self.size > 1:
             from deepspeed import comm
@@ -133,7 +143,7 @@ def quiet():
 
 
 def check(config: TrainConfig) -> None:
-    """Raises InputError for what ZeRO cannot do; to be called before anything is written."""
+    """Raises InputError for what ZeRO cannot do, at all or on a CPU; to be called before anything is written."""
     given = config.deepspeed.get("zero_optimization")
     zero = given.get("stage", 0) if isinstance(given, dict) else 0  # DeepSpeed refuses the rest itself
     if config.optimizer == "muon" and zero:
@@ -141,6 +151,12 @@ def check(config: TrainConfig) -> None:
             f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "
             "orthogonalise; set optimizer=adamw, or stage 0"
         )
+    for key in ("zero_quantized_gradients", "zero_quantized_weights"):
+        if isinstance(given, dict) and given.get(key) and device_of(config.device).type == "cpu":
+            raise InputError(
+                f"deepspeed.zero_optimization.{key}=true: DeepSpeed quantises what it sends on a GPU only; remove it, "
+                "or send less by deepspeed.communication_data_type=bf16"
+            )
     for name in ("joint", "finetune"):
         if zero == 3 and getattr(config, name).average != "none":
             raise InputError(

@@ -20,6 +20,7 @@ from tlm.engine import World
 from tlm.mixture import Mixture
 from tlm.model import ModelShape
 from tlm.objectives import Objective
+from tlm.precision import autocasts
 
 MARGIN = 1.3  # needed over estimated bytes: what torch and its allocator keep beside what is counted (measured)
 
@@ -107,7 +108,7 @@ def runs(
     try:
         held = torch.empty(reserve, dtype=torch.uint8, device=device)
         batch = pack([one] * texts, [targets] * texts, [0] * texts).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocasts(precision, device)):
             sum(loss for loss in losses(batch, rate > 0, True) if loss is not None).backward()
         del held
     except torch.OutOfMemoryError:

@@ -25,7 +25,7 @@ from tasks.errors import InputError
 from tlm.attention import angles, attend
 from tlm.batches import Batch
 from tlm.cross_entropy import linear_cross_entropy_sum
-from tlm.lowbit import convert
+from tlm.lowbit import after_norm, convert, takes_in
 from tlm.precision import rounded_up
 from tlm.run import read_json, write_json
 
@@ -101,8 +101,10 @@ class Attention(nn.Module):
         self.Wo = linear(shape.hidden, shape.hidden)
         self.out_drop = nn.Dropout(shape.dropout)
 
-    def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qkv = self.Wqkv(hidden_TD).unflatten(-1, (3, self.heads, -1))
+    def forward(
+        self, hidden_TD: torch.Tensor, norm: nn.Module, batch: Batch, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        qkv = after_norm(norm, self.Wqkv, hidden_TD).unflatten(-1, (3, self.heads, -1))
         return self.out_drop(self.Wo(self.attend(qkv, batch, cos, sin)))
 
 
@@ -114,8 +116,11 @@ class GatedMLP(nn.Module):
         self.drop = nn.Dropout(shape.dropout)
         self.Wo = linear(shape.intermediate, shape.hidden)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        value, gate = self.Wi(hidden).chunk(2, dim=-1)
+    def forward(self, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        both = after_norm(norm, self.Wi, hidden)
+        if self.act is F.gelu and not (self.training and self.drop.p) and takes_in(self.Wo, both.device):
+            return self.Wo(both, "geglu")
+        value, gate = both.chunk(2, dim=-1)
         return self.Wo(self.drop(self.act(value) * gate))
 
 
@@ -128,8 +133,8 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(shape)
 
     def forward(self, hidden_TD: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        hidden_TD = hidden_TD + self.attn(self.attn_norm(hidden_TD), batch, cos, sin)
-        return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
+        hidden_TD = hidden_TD + self.attn(hidden_TD, self.attn_norm, batch, cos, sin)
+        return hidden_TD + self.mlp(hidden_TD, self.mlp_norm)
 
 
 class Encoder(nn.Module):

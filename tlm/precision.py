@@ -26,6 +26,11 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise InputError("precision=bf16: this CPU does not multiply bfloat16 in hardware (AMX); set precision=fp32")
 
 
+def autocasts(precision: str, device: torch.device) -> bool:
+    """Whether torch's autocast to bf16 is on: on a GPU, whose recipes of tlm/lowbit leave all but their own to it."""
+    return device.type == "cuda" and precision != "fp32"
+
+
 @contextlib.contextmanager
 def products(precision: str):
     """float32 products read "fp32" or "bf16" numbers while it lasts."""

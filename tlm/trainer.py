@@ -26,11 +26,12 @@ from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
+from tlm.lowbit import delayed
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Losses, Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
-from tlm.precision import check_precision, products
+from tlm.precision import autocasts, check_precision, products
 from tlm.prepare import NO_TASK, Prepared, open_task, prepare
 from tlm.progress import Progress
 from tlm.run import Run, read_json, write_json, write_text
@@ -77,7 +78,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     device = engines.device_of(config.device)
     check_precision(config.precision, device)
     lowbit.check(config, device)
-    autocast = config.precision == "bf16" and device.type == "cuda"
+    autocast = autocasts(config.precision, device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = engines.launch(device, config.timeout_minutes)
     if world.size > len(task.splits["train"]) and task is not NO_TASK:
@@ -283,6 +284,7 @@ class Loop:
                 self.engine.step()
                 meter.add(**amounts)
             stage.step += 1
+            delayed.end_step(self.model, self.world.max)
             stage.average.update(self.model)
 
             last = stage.step == settings.steps
@@ -350,6 +352,7 @@ class Loop:
             stage.skipped += stage.step - state["step"] + 1
             stage.step = state["step"]
             stage.average.load(state["average"])
+            delayed.load(self.model, state.get("largest"))
         return action
 
     def log(self, boards: Boards, rate: float, norm: float) -> None:
@@ -388,6 +391,7 @@ class Loop:
             "best": stage.best,
             "scores_since_best": stage.scores_since_best,
             "average": stage.average.state(),
+            "largest": delayed.state(self.model),
             "meter": self.meter.state(self.world.sum),
             "metrics_bytes": self.run.metrics_bytes(),
         }
@@ -398,6 +402,7 @@ class Loop:
         stage.step, stage.skipped, stage.spikes = state["step"], state["skipped"], Spikes(**state["spikes"])
         stage.best, stage.scores_since_best = state["best"], state["scores_since_best"]
         stage.average.load(state["average"])
+        delayed.load(self.model, state.get("largest"))
         self.meter.restore(state["meter"], first=self.world.rank == 0)
         self.run.cut_metrics(state["metrics_bytes"])
         self.progress.say(f"going on from checkpoint {tag} of {self.run.folder}")
@@ -534,5 +539,5 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
     if device.type == "cpu":
         with products(precision):
             return 1e9 * matmul_gflops(torch.get_num_threads())
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

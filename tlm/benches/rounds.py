@@ -169,5 +169,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "s": lambda v: f"{1e3 * v:,.1f} ms",
     "bytes": lambda v: f"{v / 1e6:,.0f} MB",
     "count": lambda v: f"{v:,}",
+    "TFLOP/s": lambda v: f"{v:,.1f} TFLOP/s",
+    "dB": lambda v: f"{v:.1f} dB",
     "FLOP/s": lambda v: f"{v / 1e9:,.0f} GFLOP/s",
 }

@@ -1,10 +1,12 @@
 """Training in 8 bits and fewer: number formats (quantise.py), recipes of them (recipes.py), a Linear that follows a
-recipe (linear.py), one call that converts a model (conversion.py), and how near it stays, in dB (sqnr.py).
+recipe (linear.py), scales of earlier steps (delayed.py), one call that converts a model (conversion.py), and how near
+it stays, in dB (sqnr.py).
 
-All of it is plain torch, the slow twin of kernels that are not written yet: numbers are rounded as the hardware would
-round them and products are summed in float32, so that it shows what a recipe does to training, and saves no time.
+All of it is plain torch, the slow twin of the GPU's kernels (kernels/): numbers are rounded as the hardware rounds them
+and products are summed in float32, so that it shows what a recipe does to training, and saves no time.
 """
 
 from tlm.lowbit.conversion import check, convert, recipe_of, take_odd, weights_as_read
+from tlm.lowbit.linear import after_norm, takes_in
 
-__all__ = ["check", "convert", "recipe_of", "take_odd", "weights_as_read"]
+__all__ = ["after_norm", "check", "convert", "recipe_of", "take_odd", "takes_in", "weights_as_read"]

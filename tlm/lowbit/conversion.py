@@ -1,5 +1,6 @@
 """One call that makes a model train by a recipe, and tells what it changed and what it left."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from tlm.config import TrainConfig
 from tlm.lowbit.linear import Linear
 from tlm.lowbit.recipes import RECIPES
 
+ON_GPU = ("fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")
+FP8_SINCE = (8, 9)  # compute capability
 SMALLEST = 32  # inputs or outputs: one block of mxfp8. Below it scales weigh as much as what they save
 Leave = Callable[[str, nn.Linear], str | None]  # name and module -> why it stays as it is, or None
 
@@ -91,7 +94,7 @@ def take_odd(model: nn.Module) -> Counter[str]:
     total: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, Linear):
-            total += module.odd
+            total += Counter({what: int(number) for what, number in module.odd.items()})
             module.odd.clear()
     return total
 
@@ -107,8 +110,19 @@ def check(config: TrainConfig, device: torch.device) -> None:
         return
     key = f"precision={config.precision}"
     if device.type != "cpu":
-        raise InputError(
-            f"{key}: has no GPU kernels yet, and would be slower than fp32 there; set device=cpu, or precision=bf16"
-        )
+        check_gpu(key, device)
     if config.compile:
         raise InputError(f"compile=true: does not go with {key}; set compile=false")
+
+
+def check_gpu(key: str, device: torch.device) -> None:
+    name = key.removeprefix("precision=")
+    if name not in ON_GPU:
+        raise InputError(f"{key}: has no GPU kernels; set device=cpu, or precision= to one of {', '.join(ON_GPU)}")
+    if not importlib.util.find_spec("triton"):
+        raise InputError(f"{key}: its GPU kernels need triton; pip install triton, or set device=cpu")
+    if (found := torch.cuda.get_device_capability(device)) < FP8_SINCE:
+        raise InputError(
+            f"{key}: this GPU (sm_{found[0]}{found[1]}) does not multiply e4m3, which GPUs do from sm_89 on; set "
+            "precision=bf16, or device=cpu"
+        )

@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from tlm.lowbit.delayed import Largest
 from tlm.lowbit.philox import uniforms
 from tlm.lowbit.quantise import TINY, Quantised
 from tlm.lowbit.recipes import RECIPES, Recipe
@@ -22,21 +23,50 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.recipe = recipe
         self.odd: Counter[str] = Counter()
+        self.largest = Largest() if RECIPES[recipe].delayed else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, before: str = "plain", norm: nn.Module | None = None) -> torch.Tensor:
         """[..., K] -> [..., O]. Where gradients are rounded stochastically, the seed comes from torch's generator: the
-        trainer sets it at every step, and activation checkpointing sets it back."""
-        recipe = RECIPES[self.recipe]
-        seed = int(torch.randint(2**62, ())) if recipe.stochastic and torch.is_grad_enabled() else None
-        out = Products.apply(x.reshape(-1, self.in_features), self.weight, recipe, seed, self.odd)
+        trainer sets it at every step, and activation checkpointing sets it back. `before`: what kernels take in that
+        stands before it (`takes_in`), of x as it is before that: "norm", or "geglu" of [..., 2 K]."""
+        recipe, rows = RECIPES[self.recipe], x.reshape(-1, x.shape[-1])
+        if has_kernels(x.device):
+            from tlm.lowbit.kernels.linear import Products as Kernels
+
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            out = Kernels.apply(before, rows, self.weight, weight, eps, recipe, self.odd, torch.is_grad_enabled())
+        else:
+            if self.largest and self.training:
+                recipe = self.largest.bound(recipe)
+            seed = int(torch.randint(2**62, ())) if recipe.stochastic and torch.is_grad_enabled() else None
+            out = Products.apply(rows, self.weight, recipe, seed, self.odd)
         out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether products there are those of tlm/lowbit/kernels; `check` has seen to it that they can be."""
+    return device.type == "cuda"
+
+
+def takes_in(linear: nn.Module, device: torch.device, norm: nn.Module | None = None) -> bool:
+    """Whether `linear` computes what stands before it, too. ZeRO 3 holds a norm's weight ready for the norm alone."""
+    return isinstance(linear, Linear) and has_kernels(device) and not hasattr(getattr(norm, "weight", None), "ds_id")
+
+
+def after_norm(norm: nn.Module, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(norm(x)), x: [..., K]; `norm` is a LayerNorm without bias, or an nn.Identity."""
+    if isinstance(norm, nn.Identity) or not takes_in(linear, x.device, norm):
+        return linear(norm(x))
+    return linear(x, "norm", norm)
+
+
 class Products(torch.autograd.Function):
+    """Twin of kernels/linear.py."""
+
     @staticmethod
     def forward(ctx, x_NK: torch.Tensor, w_OK: torch.Tensor, recipe: Recipe, seed: int | None, odd: Counter):
         ctx.save_for_backward(x_NK, w_OK)

@@ -64,14 +64,16 @@ class Cast:
     block: Block
     power_of_two: bool = False
 
-    def __call__(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> Quantised:
+    def __call__(
+        self, x: torch.Tensor, noise: torch.Tensor | None = None, largest: torch.Tensor | None = None
+    ) -> Quantised:
         """`noise`: uniform in [0, 1), for each number; then an integer format rounds up with the chance that leaves
-        the mean as it is (stochastic rounding)."""
-        blocks, largest = to_blocks(x.contiguous(), self.block), self.format.largest
-        scales = usable(blocks.abs().amax((1, 3)) / largest)
+        the mean as it is (stochastic rounding). `largest`: in place of the largest magnitude in each block."""
+        blocks, most = to_blocks(x.contiguous(), self.block), self.format.largest
+        scales = usable((blocks.abs().amax((1, 3)) if largest is None else largest.expand(1, 1)) / most)
         if self.power_of_two:
             scales = next_power_of_two(scales)
-        values = from_blocks(blocks / scales[:, None, :, None], x.shape).clamp(-largest, largest).nan_to_num(nan=0.0)
+        values = from_blocks(blocks / scales[:, None, :, None], x.shape).clamp(-most, most).nan_to_num(nan=0.0)
         if self.format.dtype == torch.int8:
             values = values.round() if noise is None else values.floor() + (noise < values - values.floor())
         return Quantised(values.to(self.format.dtype), scales, self.block)

@@ -20,6 +20,7 @@ class Recipe:
     weight: Callable[..., Quantised]
     gradient: Cast | None
     stochastic: bool = False  # rounding of the gradients
+    delayed: bool = False  # scales by the largest magnitudes of earlier steps (delayed.py)
 
     @property
     def in_the_weights(self) -> bool:
@@ -32,6 +33,7 @@ ACROSS_128 = Cast(E4M3, (1, 128))
 
 RECIPES = {
     "fp8-tensorwise": Recipe(Cast(E4M3, TENSOR), Cast(E4M3, TENSOR), Cast(E5M2, TENSOR)),
+    "fp8-delayed": Recipe(Cast(E4M3, TENSOR), Cast(E4M3, TENSOR), Cast(E5M2, TENSOR), delayed=True),
     "fp8-rowwise": Recipe(Cast(E4M3, ROW), Cast(E4M3, ROW), Cast(E5M2, ROW)),
     "fp8-blockwise": Recipe(ACROSS_128, Cast(E4M3, (128, 128)), ACROSS_128),  # DeepSeek-V3 (arXiv 2412.19437)
     "mxfp8": Recipe(ACROSS_32, ACROSS_32, ACROSS_32),  # OCP Microscaling Formats v1.0

@@ -62,10 +62,10 @@ class Run:
                 raise InputError(
                     f"{folder}: holds a run with another configuration; choose another run=NAME, or delete the folder"
                 )
+        elif taken := next((above for above in (folder, *folder.parents) if above.is_file()), None):
+            raise InputError(f"{taken}: is a file; choose another out=FOLDER or run=NAME")
         elif folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no run; choose another run=NAME")
-        elif folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: is a file; choose another run=NAME")
 
     def begin(self, inputs: list[dict]) -> None:
         """Write what is asked, where it runs, and path, rows and sha256 of everything read.

@@ -5,6 +5,7 @@ is appended to; a run that goes on from a checkpoint first cuts it back to where
 run which was killed leaves the same lines as one that was not.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -32,7 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove
+            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from None
 
 

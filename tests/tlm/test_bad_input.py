@@ -86,6 +86,7 @@ CASES = {
     "a micro-batch of no tokens": ({}, ["micro_batch=some"], ["micro_batch=some", "none, auto or a number"]),
     "a device that is not there": ({}, ["device=cuda"], ["device=cuda", "set device=cpu"]),
     "a folder of runs that is a file": ({}, ["out=task/train.jsonl", *QUICK], ["task/train.jsonl: is a file", "out="]),
+    "a cache that is a file": ({}, ["cache=task/train.jsonl", *QUICK], ["task/train.jsonl/", "cannot be written"]),
     "a device that nobody knows": ({}, ["device=tpu"], ["device=tpu", "cpu"]),
 }
 

@@ -188,7 +188,7 @@ def peak_flops(device, precision: str, threads: int) -> float:
     from tlm.precision import products
 
     if device.type == "cpu":
-        with products(precision, device):
+        with products(precision, device, CPU_SIZE):
             return 1e9 * matmul_gflops(threads)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

@@ -52,7 +52,7 @@ def by_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
 
     In float32: what a rounded Gram matrix loses, small singular values would get back 500 times.
     """
-    with products("fp32", x.device):
+    with products("fp32", x.device, x.shape[-1]):
         gram, whole = x @ x.mT, None
         for step in range(steps):
             p = polynomial(gram)

@@ -18,6 +18,7 @@ import torch
 from tasks.errors import InputError
 
 ROWS = 64
+WIDE = 256  # hidden; at 128, with 512 tokens a step, compiling and the rows that are added cost a tenth of a step
 
 
 def rounded_up(rows: int) -> int:
@@ -46,10 +47,11 @@ def onednn_is_faster() -> bool:
 
 
 @contextlib.contextmanager
-def products(precision: str, device: torch.device | None = None):
-    """float32 products read "fp32" or "bf16" numbers while it lasts. With the device, for products as large as those of
-    a layer, fp32 ones are made by whom they are fastest."""
-    own = precision == "fp32" and device is not None and device.type == "cpu" and onednn_is_faster()
+def products(precision: str, device: torch.device | None = None, hidden: int = 0):
+    """float32 products read "fp32" or "bf16" numbers while it lasts. Those of a model of `hidden` on a CPU are made by
+    oneDNN where that is faster."""
+    wide = device is not None and device.type == "cpu" and hidden >= WIDE
+    own = precision == "fp32" and wide and onednn_is_faster()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if own or precision == "bf16" else "highest")
     try:

@@ -126,7 +126,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         boards = open_boards(config.boards if run.writes else (), run.folder, stage.name, config, stage.step)
         with progress.phase(stage.name, stage.config.steps), signals, Ahead(loop.batches) as batches, closing(boards):
             try:
-                with products("fp32" if autocast else config.precision, device):
+                with products("fp32" if autocast else config.precision, device, model.shape.hidden):
                     loop.steps(batches, boards, signals)
             except torch.OutOfMemoryError:
                 raise InputError(

@@ -58,13 +58,13 @@ def test_onednn_makes_them_on_amds_cpus_alone(name, avx512, amx, faster, monkeyp
     assert not onednn_is_faster.__wrapped__()
 
 
-def test_only_large_products_on_a_cpu_are_handed_over(monkeypatch):
+def test_only_products_of_wide_models_on_a_cpu_are_handed_over(monkeypatch):
     monkeypatch.setattr("tlm.precision.onednn_is_faster", lambda: True)
-    for precision, device, switch in (
-        ("fp32", "cpu", "medium"), ("fp32", "cuda", "highest"), ("fp32", None, "highest"),
-        ("fp8-rowwise", "cpu", "highest"),
+    for precision, device, hidden, switch in (
+        ("fp32", "cpu", 256, "medium"), ("fp32", "cpu", 128, "highest"), ("fp32", "cuda", 256, "highest"),
+        ("fp32", None, 256, "highest"), ("fp8-rowwise", "cpu", 256, "highest"),
     ):  # fmt: skip
-        with products(precision, device and torch.device(device)):
+        with products(precision, device and torch.device(device), hidden):
             assert torch.get_float32_matmul_precision() == switch
 
 

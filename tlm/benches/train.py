@@ -135,7 +135,7 @@ def ours(job: Job, optimizer: str, precision: str = "fp32") -> Iterator:
     engines.launch()
     yield
     engine = our_engine(job, optimizer)
-    with products(precision, CPU):
+    with products(precision, CPU, job.shape.hidden):
         for nth in itertools.count():
             start = time.perf_counter()
             for step in job.turn(nth):
@@ -321,7 +321,7 @@ def ours_in_parts(job: Job, optimizer: str) -> Iterator:
         (model.mlm_head, "MLM head"), (model.decoder, "MLM head")]:  # fmt: skip
         name_scope(module, scope)
     for nth in itertools.count():
-        with products("fp32", CPU), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with products("fp32", CPU, job.shape.hidden), profile(activities=[ProfilerActivity.CPU]) as profiler:
             start = time.perf_counter()
             for step in job.turn(nth):
                 our_step(engine, job, step)

@@ -6,10 +6,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from tasks.errors import InputError
 from tlm import __version__
 from tlm import config as configs
+from tlm.benches import BENCHES
 from tlm.signals import Stopped
 
 
@@ -78,26 +81,10 @@ def report(config: configs.ReportConfig, names: list[str]) -> int:
     return report(names, config)
 
 
-def bench(config: configs.BenchConfig, names: list[str]) -> int:
+def bench(name: str, config: Any, names: list[str]) -> int:
     from importlib import import_module
 
-    from tlm.benches import BENCHES
-
-    if names[0] not in BENCHES:
-        raise InputError(f"{names[0]}: no such bench; use one of {', '.join(BENCHES)}")
-    return import_module(f"tlm.benches.{names[0]}").bench(config)
-
-
-def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
-    from tlm.benches.recipe import bench
-
-    return bench(config)
-
-
-def bench_gpu_kernels(config: configs.GpuKernelsConfig, names: list[str]) -> int:
-    from tlm.benches.gpu_kernels import bench
-
-    return bench(config)
+    return import_module(f"tlm.benches.{name.replace('-', '_')}").bench(config)
 
 
 def compare(config: configs.CompareConfig, names: list[str]) -> int:
@@ -143,14 +130,10 @@ VERBS = {
         configs.ReportConfig,
         report,
     ),
-    "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
-    "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
-    "bench gpu-kernels": Verb(
-        "FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU",
-        "",
-        configs.GpuKernelsConfig,
-        bench_gpu_kernels,
-    ),
+    **{
+        f"bench {name}": Verb(does, "", getattr(configs, kind), partial(bench, name))
+        for name, (does, kind) in BENCHES.items()
+    },
     "pool build": Verb(
         "a pool of published tasks out of the packages bigbench and evals", "", configs.PoolBuildConfig, pool_build
     ),
@@ -165,12 +148,13 @@ REQUIRED = {
     "export": ("out",),
     "pool build": ("out",),
     "compare": ("task", "corpus"),
-    "bench": ("task",),
+    "bench train": ("task",),
+    "bench retrieval": ("task",),
+    "bench resume": ("task",),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {
     "pool show": ("pool", "FOLDER"),
-    "bench": ("bench", "train"),
     "corpus add": ("store and which files", "STORE more.jsonl"),
 }
 POSITIONAL = {
@@ -179,7 +163,6 @@ POSITIONAL = {
     "predict": (1, 2),
     "export": (1, 1),
     "report": (1, 99),
-    "bench": (1, 1),
     "pool show": (1, 1),
 }
 
@@ -217,8 +200,10 @@ def dispatch(arguments: list[str]) -> int:
     if name not in VERBS:
         import difflib
 
-        near = difflib.get_close_matches(name, VERBS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
+        among = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+        name = " ".join(arguments[: 2 if among else 1])
+        near = difflib.get_close_matches(name, among or VERBS, 1, 0.8 if among else 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(among or VERBS)}"
         raise InputError(f"{name}: no such verb; {hint}")
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
@@ -232,8 +217,7 @@ def dispatch(arguments: list[str]) -> int:
     config = configs.validate(configs.load(verb.config, settings))
     for key in REQUIRED.get(name, ()):
         if not getattr(config, key):
-            command = " ".join(["tlm", name, *(names if name == "bench" else [])])
-            raise InputError(f"{key}=: missing; `{command} {key}=...` needs it (see `tlm {name} --help`)")
+            raise InputError(f"{key}=: missing; `tlm {name} {key}=...` needs it (see `tlm {name} --help`)")
     if dry_run:
         if name != "train":
             raise InputError(f"--dry-run: `tlm {name}` has no dry run; `tlm train` has")

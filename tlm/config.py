@@ -235,12 +235,15 @@ class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     data: DataConfig = group(DataConfig)
+    threads: int = key(0, "CPU threads (0: all cores)")
+    device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
 
 
 @dataclass
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
     threads: int = key(0, "CPU threads (0: all cores)")
+    device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
 
 
 @dataclass
@@ -540,14 +543,19 @@ AT_LEAST = {
     "tokenizer.vocabulary": 100, "model.hidden": 2, "model.layers": 1, "model.heads": 1, "model.intermediate": 1,
     "model.max_length": 8, "init.max_words": 1, "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1,
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
-    "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.external_per_task": 0, "joint.mlm_weight": 0,
+    "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
+    "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
+    "joint.external_per_task": 0, "joint.mlm_weight": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
-    "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1, "tries": 1,
+    "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
+    "queries": 1, "tries": 1,
     "checkpoints": 1, "pretraining": 0.01, "examples": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
     "rounds": 1,
 }  # fmt: skip
+
+AT_MOST = {"threads": 1024, "seed": 2**31 - 1}
 
 
 def num_bytes(name: str, text: str) -> int:
@@ -572,8 +580,11 @@ def validate(config: Any) -> Any:
         if name in flat:
             num_bytes(name, flat[name])
     for name, least in AT_LEAST.items():
-        if flat.get(name) is not None and flat[name] < least:
+        if flat.get(name) is not None and not flat[name] >= least:  # nor is NaN
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
+    for name, most in AT_MOST.items():
+        if flat.get(name, most) > most:
+            raise InputError(f"{name}={flat[name]}: must be at most {most}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
     for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
         if name in flat and not 0 <= flat[name] < 1:

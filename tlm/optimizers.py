@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim._functional import adamw
 
 from tasks.errors import InputError
+from tlm.precision import products
 
 BETAS = (0.9, 0.98)  # of every AdamW here
 # Coefficients of the quintic iteration (Jordan et al. 2024): steepest at zero, so that five steps are enough.
@@ -23,21 +24,50 @@ CACHED = 2**18  # numbers: 1 MB
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """[..., m, n] -> about U V^T of each matrix's SVD (singular values between 0.7 and 1.2)."""
-    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if tall else matrices
     flat = wide.reshape(-1, *wide.shape[-2:])
     flat = flat / (flat.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    done = []
-    for x in flat.split(max(1, CACHED // flat[0].numel())):  # all steps of what fits into the cache, then the next
-        for _ in range(steps):
-            gram = x @ x.mT
-            polynomial = (gram @ gram).mul_(c).add_(gram, alpha=b)
-            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-            x = polynomial @ x  # a x + b (x x^T) x + c (x x^T)^2 x
-        done.append(x)
-    x = torch.cat(done).view(wide.shape)
+    iterate = by_gram if is_wide(*wide.shape[-2:]) else by_matrix
+    blocks = flat.split(max(1, CACHED // flat[0].numel()))  # all steps of what fits into the cache, then the next
+    x = torch.cat([iterate(block, steps) for block in blocks]).view(wide.shape)
     return x.mT if tall else x
+
+
+def is_wide(m: int, n: int) -> bool:
+    """Whether `by_gram` takes fewer operations."""
+    return n > 1.5 * m
+
+
+def by_matrix(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Each step is x <- p(x x^T) x."""
+    for _ in range(steps):
+        x = polynomial(x @ x.mT) @ x
+    return x
+
+
+def by_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The same with all steps on the Gram matrix, and x read at both ends alone: polynomials of one matrix commute, so
+    that a step is gram <- p gram p, and what comes of x is (p_k ... p_1) x.
+
+    In float32: what a rounded Gram matrix loses, small singular values would get back 500 times.
+    """
+    with products("fp32", x.device, x.shape[-1]):
+        gram, whole = x @ x.mT, None
+        for step in range(steps):
+            p = polynomial(gram)
+            whole = p if whole is None else p @ whole
+            if step < steps - 1:
+                gram = p @ (p @ gram)
+        return whole @ x
+
+
+def polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """p(gram) = a + b gram + c gram^2."""
+    a, b, c = NEWTON_SCHULZ
+    p = (gram @ gram).mul_(c).add_(gram, alpha=b)
+    p.diagonal(dim1=-2, dim2=-1).add_(a)
+    return p
 
 
 class Muon(torch.optim.Optimizer):
@@ -181,8 +211,12 @@ def muon_flops(hidden: int, intermediate: int, layers: int, steps: int = 5) -> i
     for neurons, times in ((hidden, 4), (intermediate, 3)):  # q, k, v and attention's output; gate, value and output
         block = math.gcd(neurons, BLOCK)
         small, large = sorted((block, hidden))
-        total += times * neurons // block * (4 * small * small * large + 2 * small**3)
-    return layers * steps * total
+        if is_wide(small, large):
+            of_block = 4 * small * small * large + (8 * steps - 6) * small**3
+        else:
+            of_block = steps * (4 * small * small * large + 2 * small**3)
+        total += times * neurons // block * of_block
+    return layers * total
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

@@ -1,9 +1,10 @@
 """`--dry-run`: what a configuration would do, before anything is written.
 
 Sizes are those of the data as it lies there; lengths in tokens are estimated from words (1.4 tokens a word, as measured
-on English with 8,192 word pieces), and time from the machine's matrix products at half their measured peak. Memory is
-that of the steps of one process in fp32 (with micro_batch=auto as with none), without what selecting documents takes
-before them; three reference runs took 13 to 26% more.
+on English with 8,192 word pieces), and time from matrix products on the CPU or GPU that would train, at half their peak
+measured here (on a GPU small models may stay far below that: not run). Memory is that of the steps of one process in
+fp32 (with micro_batch=auto as with none), without what selecting documents takes before them; three reference runs took
+13 to 26% more.
 """
 
 import os
@@ -18,6 +19,8 @@ from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
 from tlm.config import TrainConfig, rows_of
+from tlm.doctor import peak_flops
+from tlm.engine import device_of
 from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK
@@ -38,7 +41,7 @@ def plan(config: TrainConfig) -> dict:
     if config.task == NO_TASK.name or (config.init_from or "").startswith("hf:"):
         what = "task=none" if config.task == NO_TASK.name else "a checkpoint of transformers"
         raise InputError(f"--dry-run: has no plan for {what}; leave --dry-run out")
-    task = open_task(config.task, config.data)
+    task, device = open_task(config.task, config.data), device_of(config.device)
     asked = {name: value for name, _, value, _ in rows_of(config)}
     config = fitted(config, task)
     decided = {name: value for name, _, value, _ in rows_of(config) if value != asked[name]}
@@ -65,10 +68,8 @@ def plan(config: TrainConfig) -> dict:
     flops, tokens = {"start": start_flops(config)}, {}
     for name, cost in costs.items():
         flops[name], tokens[name] = cost.flops, cost.tokens
-    from tlm.doctor import matmul_gflops
-
-    speed = EXPECTED_MFU * 1e9 * matmul_gflops(config.threads or os.cpu_count())
-    minutes = {name: round(value / speed / 60, 1) for name, value in flops.items()}
+    peak = peak_flops(device, config.precision, config.threads or os.cpu_count())
+    minutes = {name: round(value / (EXPECTED_MFU * peak) / 60, 1) for name, value in flops.items()}
     memory = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -83,6 +84,7 @@ def plan(config: TrainConfig) -> dict:
         },
         "tokens": tokens,
         "flops": flops | {"paper": paper_flops(parameters, tokens["joint"])},
+        "device": f"{device}, {peak / 1e9:,.0f} GFLOP/s in matrix products",
         "estimated_minutes": minutes,
         "estimated_peak_memory_mib": {name: round(size / 2**20) for name, size in memory.items()}
         | {"all": round(sum(memory.values()) / 2**20)},

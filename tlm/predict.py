@@ -12,7 +12,7 @@ import numpy as np
 from tasks.columns import text_columns
 from tasks.errors import InputError
 from tasks.files import read_records
-from tlm.config import EvalConfig, PredictConfig
+from tlm.config import EvalConfig, PredictConfig, TrainConfig
 from tlm.run import read_json
 
 TEXTS_AT_A_TIME = 512
@@ -27,8 +27,8 @@ class Predictor:
     probabilities: "callable"
 
 
-def open_run(folder: str | Path, threads: int = 0) -> Predictor:
-    """A finished run's model. Raises InputError if there is none, or it is damaged."""
+def open_run(folder: str | Path, threads: int = 0, device: str = "auto") -> Predictor:
+    """A finished run's model, on a device as `device=` names it. Raises InputError if it is missing or damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; name the folder of a finished run, such as runs/NAME")
@@ -42,12 +42,14 @@ def open_run(folder: str | Path, threads: int = 0) -> Predictor:
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
     if summary["arm"] == "pretraining":
         raise InputError(f"{folder}: knows no labels, it was made to start from (init_from={folder}/model)")
-    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads))
+    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads, device))
 
 
-def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
+def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str):
     import torch
 
+    from tlm import lowbit
+    from tlm.engine import device_of
     from tlm.evaluate import probabilities
     from tlm.model import load_model
     from tlm.objectives import Source
@@ -56,7 +58,9 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
     from tlm.tokens import heads
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    model = load_model(folder)
+    model, place = load_model(folder), device_of(device)
+    lowbit.check(TrainConfig(precision=model.shape.recipe or "fp32"), place)
+    model.to(place)
     tokenizer = own_tokenizer(folder / "tokenizer.json", model.shape.vocabulary, tokenizer_sha256)
 
     def of_texts(texts: list[str]) -> np.ndarray:
@@ -68,7 +72,7 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
 
 def predict_file(run: str, file: str, config: PredictConfig) -> int:
     """A JSON line for each text of `file` (or a line each of standard input): label and probabilities."""
-    predictor = open_run(run, config.threads)
+    predictor = open_run(run, config.threads, config.device)
     texts = standard_input() if file == "-" else texts_of(file, config.text_column)
     while batch := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
         rows = predictor.probabilities([text for _, text in batch])
@@ -98,12 +102,11 @@ def texts_of(path: str, given: str | None) -> Iterator[tuple[str, str]]:
 def evaluate_runs(names: list[str], config: EvalConfig) -> int:
     """Prints a JSON line of scores for each run, on its own task or on another with the same labels."""
     from tlm import config as configs
-    from tlm.config import TrainConfig
     from tlm.evaluate import scores
     from tlm.prepare import open_task
 
     for name in names:
-        predictor = open_run(name)
+        predictor = open_run(name, config.threads, config.device)
         trained = configs.load(TrainConfig, [str(predictor.folder / "config.yaml")])
         task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
         if task.labels != predictor.labels:

@@ -5,6 +5,7 @@ is appended to; a run that goes on from a checkpoint first cuts it back to where
 run which was killed leaves the same lines as one that was not.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -32,7 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove
+            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from None
 
 
@@ -62,10 +64,10 @@ class Run:
                 raise InputError(
                     f"{folder}: holds a run with another configuration; choose another run=NAME, or delete the folder"
                 )
+        elif taken := next((above for above in (folder, *folder.parents) if above.is_file()), None):
+            raise InputError(f"{taken}: is a file; choose another out=FOLDER or run=NAME")
         elif folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no run; choose another run=NAME")
-        elif folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: is a file; choose another run=NAME")
 
     def begin(self, inputs: list[dict]) -> None:
         """Write what is asked, where it runs, and path, rows and sha256 of everything read.

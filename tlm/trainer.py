@@ -24,6 +24,7 @@ from tlm.averaging import Average
 from tlm.boards import Boards, check_boards, open_boards
 from tlm.checkpoints import Checkpoints, latest
 from tlm.config import StageConfig, TrainConfig
+from tlm.doctor import peak_flops
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.lowbit import delayed
@@ -94,7 +95,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
 
     ledger, config = Ledger(), plan.fitted(config, task)
     prepared = prepare(config, task, ledger, progress, world)
-    meter = Meter(ledger, matmul_flops_per_second(device, config.precision))
+    meter = Meter(ledger, peak_flops(device, config.precision, torch.get_num_threads()))
     model = new_model(config, prepared, device)
     if model.conversion:
         progress.say(str(model.conversion))
@@ -126,7 +127,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
         boards = open_boards(config.boards if run.writes else (), run.folder, stage.name, config, stage.step)
         with progress.phase(stage.name, stage.config.steps), signals, Ahead(loop.batches) as batches, closing(boards):
             try:
-                with products("fp32" if autocast else config.precision):
+                with products("fp32" if autocast else config.precision, device, model.shape.hidden):
                     loop.steps(batches, boards, signals)
             except torch.OutOfMemoryError:
                 raise InputError(
@@ -270,7 +271,7 @@ class Loop:
         while stage.step < settings.steps and not exhausted(stage):
             rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
             engines.set_rates(self.engine, settings, rate)
-            torch.manual_seed(stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank)  # dropout
+            torch.manual_seed((stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank) % 2**63)  # dropout
             draw, micros = batches(stage.step + stage.skipped)
             loss, norm, amounts = self.gradients(micros)
             due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds
@@ -530,14 +531,3 @@ def describe(values: dict, stage: Stage, metric: str) -> str:
     parts += [f"dev {stage.best[metric]:.3f}"] if stage.best else []
     parts += [f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"]
     return " ".join([*parts, f"peak {peak_rss_bytes() / 2**30:.1f} GiB"])
-
-
-def matmul_flops_per_second(device: torch.device, precision: str) -> float:
-    """Peak of the matrix products that `mfu` is a share of."""
-    from tlm.doctor import GPU_SIZE, matmul_gflops, matmul_seconds
-
-    if device.type == "cpu":
-        with products(precision):
-            return 1e9 * matmul_gflops(torch.get_num_threads())
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return 2 * GPU_SIZE**3 / matmul_seconds(dtype, str(device), GPU_SIZE, 0.4)

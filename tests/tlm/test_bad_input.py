@@ -79,8 +79,14 @@ CASES = {
     ),
     "a batch that is no whole number": ({}, ["joint.batch=2.5"], ["joint.batch=2.5"]),
     "an empty batch": ({}, ["joint.batch=0"], ["joint.batch=0", "at least 1"]),
+    "a rate that is no number": ({}, ["joint.lr=.nan"], ["joint.lr=nan", "at least 0"]),
+    "gradients clipped to less than nothing": ({}, ["finetune.clip=-1"], ["finetune.clip=-1", "at least 0"]),
+    "more threads than a machine starts": ({}, ["threads=100000"], ["threads=100000", "at most 1024"]),
+    "a seed below zero": ({}, ["seed=-1"], ["seed=-1", "at least 0"]),
     "a micro-batch of no tokens": ({}, ["micro_batch=some"], ["micro_batch=some", "none, auto or a number"]),
     "a device that is not there": ({}, ["device=cuda"], ["device=cuda", "set device=cpu"]),
+    "a folder of runs that is a file": ({}, ["out=task/train.jsonl", *QUICK], ["task/train.jsonl: is a file", "out="]),
+    "a cache that is a file": ({}, ["cache=task/train.jsonl", *QUICK], ["task/train.jsonl/", "cannot be written"]),
     "a device that nobody knows": ({}, ["device=tpu"], ["device=tpu", "cpu"]),
 }
 
@@ -135,6 +141,11 @@ def test_a_batch_smaller_than_the_number_of_processes(ramp, least):
         mixture(2)
 
 
+def test_a_date_is_a_good_seed(tmp_path):
+    given = [f"task={task(tmp_path / 'task')}", f"out={tmp_path}", f"cache={tmp_path / 'cache'}", "run=x"]
+    assert main(["train", *given, *QUICK, "init=random", "finetune.dropout=0.1", "seed=20251125"]) == 0
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run in `runs/x` and the cache beside it."""
@@ -175,6 +186,20 @@ def test_a_tokenizer_that_is_not_the_models(verb, vocabulary, words, copied, cap
     assert words in captured.err.splitlines()[-1]
     assert not captured.out
     assert not (copied / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+def test_a_finished_run_computes_on_the_device_asked_for(verb, finished, capsys, monkeypatch):
+    """The device `meta` refuses to compute with tensors of another, and to give numbers back, which comes last."""
+    given = [verb, str(finished / "runs/x"), *([str(finished / "task/test.jsonl")] if verb == "predict" else [])]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*given, "device=cuda"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("tlm: device=cuda: ")
+    assert "set device=cpu" in message
+    monkeypatch.setattr(engine, "device_of", lambda name: torch.device("meta"))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        main(given)
 
 
 def unfinished(folder):

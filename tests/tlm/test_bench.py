@@ -158,8 +158,7 @@ def test_the_command_writes_what_it_shows(tiny_task, cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bench"], "say which bench"),
-        (["bench", "serve", "task=x"], "no such bench; use one of train"),
+        (["bench", "serve", "task=x"], "bench serve: no such verb; use one of bench train"),
         (["bench", "train"], "task=: missing"),
         (["bench", "train", "task=absent-folder"], "absent-folder"),
         (["bench", "train", "task=x", "cases=[grow]"], "did you mean growth"),

@@ -18,7 +18,7 @@ def test_help_names_every_verb(capsys):
 def test_each_verb_lists_its_keys(verb, capsys):
     from tlm.config import rows_of
 
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(key in shown and text in shown for key, _, _, text in rows_of(VERBS[verb].config()))
 
@@ -33,6 +33,11 @@ def test_version(capsys):
     [
         (["trian"], "did you mean train"),
         (["train"], "task=: missing"),
+        (["bench"], "bench: no such verb; use one of bench train, bench retrieval"),
+        (["bench", "resmue", "task=x"], "bench resmue: no such verb; did you mean bench resume?"),
+        (["bench", "task=x"], "use one of bench train"),
+        (["bench", "resume"], "task=: missing; `tlm bench resume task=...` needs it"),
+        (["pool"], "use one of pool build, pool show"),
         (["train", "task=absent-folder", "--fast"], "--fast: no such option"),
         (["train", "extra"], "not key=value"),
         (["train", "task=absent-folder"], "absent-folder"),

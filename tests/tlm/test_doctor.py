@@ -79,6 +79,18 @@ def test_engines_are_tried(tmp_path, monkeypatch):
     assert checks["wrong"].state == "broken"
 
 
+def test_the_training_engine_is_started(tmp_path, monkeypatch):
+    (check,) = doctor.training_engine(tmp_path)
+    assert (check.name, check.state, check.value[:17]) == ("deepspeed", "ok", "starts, 1 process")
+
+    def broken():
+        raise RuntimeError("no such backend\nat line 3")
+
+    monkeypatch.setattr("tlm.engine.launch", broken)
+    (check,) = doctor.training_engine(tmp_path)
+    assert (check.state, check.value) == ("broken", "no such backend")
+
+
 def test_precisions_are_tried_on_the_cpu(tmp_path):
     checks = by_name(doctor.precisions(tmp_path))
     assert checks["cpu fp32"].state == "ok"

@@ -19,6 +19,8 @@ from tlm.optimizers import (
     Muon,
     adamw8bit,
     build_optimizer,
+    by_gram,
+    by_matrix,
     muon_flops,
     orthogonalise,
     parameter_groups,
@@ -175,6 +177,19 @@ def test_orthogonalise_brings_singular_values_near_one():
     assert torch.linalg.svdvals(out).max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.97
+
+
+@pytest.mark.parametrize("rank", [64, 8])
+def test_by_the_gram_matrix_is_by_the_matrix(rank):
+    """In float32 on blocks as they come, of full rank and nearly of a low one, as a momentum is: as near to float64."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, noise = (torch.randn(5, *shape, generator=generator) for shape in ((64, rank), (rank, 256), (64, 256)))
+    x = left @ right + 1e-3 * noise
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    exact = by_matrix(x.double(), 5)
+    torch.testing.assert_close(by_gram(x.double(), 5), exact, rtol=1e-8, atol=1e-10)
+    for found in (by_matrix(x, 5), by_gram(x, 5)):
+        assert (found - exact).norm() < 3e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (12, 6), (6, 12)])

@@ -18,7 +18,7 @@ metrics, model = run / "metrics.jsonl", run / "model" / "model.safetensors"
 model.parent.mkdir(parents=True, exist_ok=True)
 begun = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 if begun and fault == "refuses":
-    sys.exit(2)
+    sys.exit("a warning\\ntlm: the disk is full")
 for step in range(begun, 20):
     loss = step + (begun if fault == "drifts" else 0)
     with open(metrics, "a") as file:
@@ -32,7 +32,8 @@ cost = {"flops": 1, "tokens": 1}
 
 def bench(fault, monkeypatch, tmp_path):
     def start(config, out, name):
-        return subprocess.Popen([sys.executable, "-S", "-c", PROGRAM, str(out / name), fault])
+        with open(out / f"{name}.err", "w") as errors:
+            return subprocess.Popen([sys.executable, "-S", "-c", PROGRAM, str(out / name), fault], stderr=errors)
 
     monkeypatch.setattr(resume, "start", start)
     status = resume.bench(BenchConfig(task="any", kills=3, out=str(tmp_path / "figures.json")))
@@ -54,5 +55,5 @@ def test_a_run_that_ends_otherwise_after_a_kill_is_found(monkeypatch, tmp_path):
 
 
 def test_a_run_that_does_not_go_on_is_named(monkeypatch, tmp_path):
-    with pytest.raises(InputError, match="killed-0"):
+    with pytest.raises(InputError, match="killed-0: does not go on after .*: the disk is full$"):
         bench("refuses", monkeypatch, tmp_path)

@@ -176,13 +176,41 @@ elif where == "term":  # a polite request, in the middle of a step
     engine.set_rates = asked
 elif where == "best":
     trainer.save_model = killing(trainer.save_model, before=False)
+elif where == "line":  # half a line of metrics.jsonl is written
+    from tlm.run import Run
+    record, calls = Run.record, []
+    def torn(run, **values):
+        calls.append(1)
+        if len(calls) == count:
+            with open(run.metrics_path, "a") as file:
+                file.write('{"stage": "jo')
+            os.kill(os.getpid(), signal.SIGKILL)
+        record(run, **values)
+    Run.record = torn
+elif where == "summary":  # it is written, and has not got its name yet
+    replace = os.replace
+    def nameless(source, target):
+        if str(target).endswith("summary.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = nameless
 sys.exit(main(sys.argv[3:]))
 """
 
 
 @pytest.mark.parametrize(
     ("where", "count"),
-    [("step", 1), ("step", 17), ("step", 41), ("step", 55), ("commit", 3), ("prune", 2), ("best", 1)],
+    [
+        ("step", 1),
+        ("step", 17),
+        ("step", 41),
+        ("step", 55),
+        ("commit", 3),
+        ("prune", 2),
+        ("best", 1),
+        ("line", 5),
+        ("summary", 1),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_end_to_the_bit(where, count, arguments, finished, tmp_path):
     arguments = [*arguments, "run=killed"]

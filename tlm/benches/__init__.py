@@ -1,10 +1,9 @@
-"""What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status.
+"""What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status."""
 
-`tlm bench recipe` and `tlm bench gpu-kernels` have keys of their own and are verbs of two words.
-"""
-
-BENCHES = {
-    "train": "training steps beside those of transformers and its Trainer, where their time goes, how they grow",
-    "retrieval": "BM25 engines side by side: queries, indexing, memory, growth",
-    "resume": "runs that are killed at random instants, against one that was not",
+BENCHES = {  # name: what it does, and the class in config.py that lists its keys
+    "train": ("training steps beside those of transformers and its Trainer: speed, parts, growth", "BenchConfig"),
+    "retrieval": ("BM25 engines side by side: queries, indexing, memory, growth", "BenchConfig"),
+    "resume": ("runs that are killed at random instants, against one that was not", "BenchConfig"),
+    "gpu-kernels": ("FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU", "GpuKernelsConfig"),
+    "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

@@ -57,7 +57,7 @@ def bench(config: BenchConfig) -> int:
         begin = time.perf_counter()
         whole = start(config, out, "whole")
         if whole.wait():
-            raise InputError(f"the run itself fails: `{' '.join(whole.args)}` has exit status {whole.returncode}")
+            raise InputError(f"the run itself fails: {last_words(out, 'whole')}")
         seconds, undisturbed = time.perf_counter() - begin, End.of(out / "whole")
 
         kills, finished, same = 0, 0, 0
@@ -74,11 +74,11 @@ def bench(config: BenchConfig) -> int:
                 if process.returncode == 0:
                     finished, same = finished + 1, same + (End.of(out / name) == undisturbed)
                 elif process.returncode > 0:
-                    raise InputError(f"{name}: exit status {process.returncode} where a killed run should have gone on")
+                    raise InputError(f"{name}: does not go on after a kill: {last_words(out, name)}")
                 progress.update(kills, config.kills, f"{finished} runs finished, {same} the same to the bit")
         last = f"killed-{finished}"
         if start(config, out, last).wait():
-            raise InputError(f"{last}: does not go on after the last kill")
+            raise InputError(f"{last}: does not go on after the last kill: {last_words(out, last)}")
         finished, same = finished + 1, same + (End.of(out / last) == undisturbed)
     rows = [
         row("resume", "SIGKILL at random instants", "tlm", metric, value, "count", 1)
@@ -93,9 +93,15 @@ def bench(config: BenchConfig) -> int:
 def start(config: BenchConfig, out: Path, name: str) -> subprocess.Popen:
     given = [f"task={config.task}", *([f"corpus={config.corpus}"] if config.corpus else [])]
     settings = [f"out={out}", f"run={name}", f"cache={config.cache}", f"seed={config.seed}", "threads=1"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tlm", "train", *given, *settings, *SMALL],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    with open(out / f"{name}.err", "w") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tlm", "train", *given, *settings, *SMALL],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def last_words(out: Path, name: str) -> str:
+    """What the run said as it failed."""
+    return (out / f"{name}.err").read_text().strip().rpartition("\n")[2].removeprefix("tlm: ")

@@ -33,7 +33,7 @@ from tlm import engine as engines
 from tlm.batches import IGNORE
 from tlm.benches import rounds
 from tlm.config import BenchConfig, InitConfig, JointConfig, ModelConfig, TokenizerConfig, TrainConfig
-from tlm.doctor import matmul_gflops
+from tlm.doctor import peak_flops
 from tlm.export import KINDS
 from tlm.export import config as modernbert_config
 from tlm.ledger import Ledger
@@ -53,6 +53,7 @@ NEVER = 10**9  # external batches before the task's turn, where there is no task
 HEAD_DIM = 64  # of attention, as in ModernBERT
 RATE_SHARE = 0.1  # of the peak learning rates: they do not change the speed, but a loss that is not a number might
 OURS, BASELINE = "tlm muon", "hf trainer"
+CPU = torch.device("cpu")
 MACHINE = {"fp32": "machine", "bf16": "machine, bf16"}  # the peak of matrix products
 
 
@@ -130,15 +131,16 @@ def start_model(job: Job) -> Transformer:
 # --- the contestants ------------------------------------------------------------------------------------------------
 
 
-def ours(job: Job, optimizer: str) -> Iterator:
+def ours(job: Job, optimizer: str, precision: str = "fp32") -> Iterator:
     engines.launch()
     yield
     engine = our_engine(job, optimizer)
-    for nth in itertools.count():
-        start = time.perf_counter()
-        for step in job.turn(nth):
-            our_step(engine, job, step)
-        yield time.perf_counter() - start
+    with products(precision, CPU, job.shape.hidden):
+        for nth in itertools.count():
+            start = time.perf_counter()
+            for step in job.turn(nth):
+                our_step(engine, job, step)
+            yield time.perf_counter() - start
 
 
 def our_engine(job: Job, optimizer: str):
@@ -221,11 +223,11 @@ def hf_trainer(job: Job, sparse: bool = False, **arguments: Any) -> Iterator:
             yield seconds
 
 
-def machine(job: Job) -> Iterator:
+def machine(job: Job, precision: str = "fp32") -> Iterator:
     """The peak of matrix products, in FLOP/s."""
     yield
     while True:
-        yield 1e9 * matmul_gflops(torch.get_num_threads())
+        yield peak_flops(CPU, precision, torch.get_num_threads())
 
 
 def rounding(contestant: Callable[[Job], Iterator], job: Job) -> Iterator:
@@ -245,10 +247,9 @@ RACE: dict[str, Callable[[Job], Iterator]] = {
     MACHINE["fp32"]: machine,
 }
 if torch.cpu._is_amx_tile_supported():
-    RACE |= {
-        f"{name}, bf16": partial(rounding, RACE[name])
-        for name in (OURS, "hf trainer, grouped, sparse", MACHINE["fp32"])
-    }
+    sparse = "hf trainer, grouped, sparse"
+    RACE |= {f"{name}, bf16": partial(RACE[name], precision="bf16") for name in (OURS, MACHINE["fp32"])}
+    RACE[f"{sparse}, bf16"] = partial(rounding, RACE[sparse])
 
 
 def heads(job: Job) -> list[str]:
@@ -320,7 +321,7 @@ def ours_in_parts(job: Job, optimizer: str) -> Iterator:
         (model.mlm_head, "MLM head"), (model.decoder, "MLM head")]:  # fmt: skip
         name_scope(module, scope)
     for nth in itertools.count():
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with products("fp32", CPU, job.shape.hidden), profile(activities=[ProfilerActivity.CPU]) as profiler:
             start = time.perf_counter()
             for step in job.turn(nth):
                 our_step(engine, job, step)

@@ -117,13 +117,18 @@ class StageConfig:
     weight_decay: float = key(0.01, "decoupled weight decay of the matrices")
     clip: float = key(1.0, "gradient norm is clipped to this")
     eval_every: int = key(200, "steps between scores on dev (0: never)")
+    embedding_share: float = key(1.0, "learning rate of the token embeddings, as a share of lr")
+    balance: float = key(0.0, "how far labels are weighted towards equal shares (logit adjustment): 0 to 1")
     average: str = key("none", "mean of the weights over steps, scored and handed on: none, ema or last (plain mean)")
     average_share: float = key(0.1, "share of the steps that last takes; ema's decay is 1 - 1/(their number)")
 
 
 @dataclass
 class JointConfig(StageConfig):
-    external_per_task: int = key(1, "external micro-batches for each task micro-batch (the paper's rho1)")
+    external_per_task: int | None = key(
+        1, "external micro-batches for each task micro-batch (the paper's rho1)"
+    )
+    task_passes: float = key(8.0, "how often the joint stage reads the task's texts, where external_per_task is left open")
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
@@ -136,6 +141,7 @@ class JointConfig(StageConfig):
 class FinetuneConfig(StageConfig):
     share: float = key(0.5, "share of budget= that this stage gets")
     dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
+    mask_rate: float = key(0.0, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
 
@@ -563,7 +569,7 @@ def validate(config: Any) -> Any:
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
+    for name in ("joint.mask_rate", "finetune.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     similarity = flat.get("retrieval.max_similarity")

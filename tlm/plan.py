@@ -140,13 +140,38 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     config = replace(config, model=model)
     if task is NO_TASK or model.size == "tfidf":
         return config
-    if config.budget:
-        config = within_budget(config, task)
+    config = with_mixture(config, task)
     if config.corpus and not (retrieval.max_words or retrieval.max_documents):
         rho1 = config.joint.external_per_task
         tokens = stage_costs(config, task)["joint"].tokens * rho1 / (rho1 + 1)
         retrieval = replace(retrieval, max_words=max(LEAST_WORDS, round(tokens / TOKENS_PER_WORD)))
     return replace(config, retrieval=retrieval)
+
+
+def with_mixture(config: TrainConfig, task: Task) -> TrainConfig:
+    """With the steps of a budget, and, where it is left open, rho1 such that the joint stage reads the task's texts
+    `joint.task_passes` times: more often a small task is learnt by heart, and the rest is better spent on new text.
+    """
+    joint, asked = config.joint, config.joint.external_per_task
+    rho1 = asked if asked is not None else 1
+    for _ in range(1 if asked is not None else 4):  # the steps of a budget depend on the mixture, but little
+        config = replace(config, joint=replace(joint, external_per_task=rho1))
+        if config.budget:
+            config = within_budget(config, task)
+        passes = config.joint.steps * joint.accumulation / micro_batches_a_pass(config, config.joint, task)
+        rho1 = max(1, round(passes / joint.task_passes) - 1)
+    return config
+
+
+def micro_batches_a_pass(config: TrainConfig, stage: StageConfig, task: Task) -> float:
+    """Task micro-batches that hold each training text once."""
+    train = task.texts("train")
+    return len(train) / texts_a_batch(stage, TASK, mean_length(train, config.model.max_length))
+
+
+def texts_a_batch(stage: StageConfig, source: str, mean_length: float) -> int:
+    """`stage.batch` texts, or as many as hold about `stage.batch_tokens` tokens."""
+    return stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / mean_length))
 
 
 def within_budget(config: TrainConfig, task: Task) -> TrainConfig:

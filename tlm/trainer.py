@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tasks.errors import InputError
@@ -109,7 +110,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             continue  # the checkpoint lies beyond it
         if stage is not joint:
             fresh_start(model, config)
-        losses = Losses(model).to(device)
+        losses = Losses(model, offsets(stage.config.balance, prepared)).to(device)
         stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
             config.micro_batch, losses, stage.objective, stage.mixture, config.optimizer, config.precision, world
         )
@@ -159,13 +160,23 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
         return (Stage("joint", settings, alone, mixture("joint", settings, alone, seed, rho1, world)),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
-    finetune = Objective({TASK: task}, 0.0, None)
+    hiding = replace(masking, rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
+    finetune = Objective({TASK: task}, 0.0, None, hiding)
     return (
         Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
         Stage(
             "finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)
         ),
     )
+
+
+def offsets(balance: float, prepared: Prepared) -> torch.Tensor | None:
+    """What is added to the logits in training: `balance` times the log shares of the labels."""
+    if not balance or prepared.task is NO_TASK:
+        return None
+    labels = prepared.source("train").labels
+    counts = np.bincount(labels, minlength=len(prepared.task.labels)) + 1.0
+    return balance * torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
 def within_budget(config: TrainConfig, prepared: Prepared, spent: float, world: World) -> TrainConfig:

@@ -128,7 +128,7 @@ class JointConfig(StageConfig):
     external_per_task: int | None = key(
         1, "external micro-batches for each task micro-batch (the paper's rho1)"
     )
-    task_passes: float = key(8.0, "how often the joint stage reads the task's texts, where external_per_task is left open")
+    task_passes: float = key(8.0, "times the joint stage reads the task's texts, where external_per_task is left open")
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
@@ -569,7 +569,8 @@ def validate(config: Any) -> Any:
         if flat.get(name) is not None and flat[name] < least:
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    for name in ("joint.mask_rate", "finetune.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
+    rates = ("joint.mask_rate", "finetune.mask_rate", "model.dropout", "finetune.dropout", "finetune.share")
+    for name in (*rates, *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     similarity = flat.get("retrieval.max_similarity")

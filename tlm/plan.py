@@ -17,7 +17,7 @@ from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
-from tlm.config import TrainConfig, rows_of
+from tlm.config import StageConfig, TrainConfig, rows_of
 from tlm.ledger import paper_flops
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK

@@ -181,7 +181,7 @@ def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
     many = 1000  # the count is linear in the steps, but for rounding
     trial = replace(config, joint=replace(config.joint, steps=many), finetune=replace(config.finetune, steps=many))
     per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
-    return with_steps(config, start_flops(config), per_step)
+    return with_steps(config, start_flops(config), per_step, micro_batches_a_pass(config, config.finetune, task))
 
 
 def steps_within(budget: float, finetune_share: float, config: TrainConfig, task: Task) -> dict[str, int]:
@@ -191,10 +191,16 @@ def steps_within(budget: float, finetune_share: float, config: TrainConfig, task
     return {"joint": found.joint.steps, "finetune": found.finetune.steps}
 
 
-def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float]) -> TrainConfig:
-    """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage."""
+def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_pass: float = 0.0) -> TrainConfig:
+    """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage.
+
+    `a_pass`: micro-batches of the second stage that hold each training text once.
+    """
     left, stages = config.budget - spent, {}
     second = config.finetune.share if "finetune" in per_step else 0.0
+    if second and config.corpus and config.finetune.task_passes:
+        most = config.finetune.task_passes * a_pass / config.finetune.accumulation
+        second = min(second, most * per_step["finetune"] / left)
     for name, flops in per_step.items():
         steps = max(0, round((second if name == "finetune" else 1 - second) * left / flops))
         if name == "joint" and not steps:

@@ -182,8 +182,11 @@ def offsets(balance: float, prepared: Prepared) -> torch.Tensor | None:
 def within_budget(config: TrainConfig, prepared: Prepared, spent: float, world: World) -> TrainConfig:
     """With the steps that `budget` pays for, `spent` FLOPs being gone already."""
     shape = prepared.shape(config.model)
-    per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in stages(config, prepared, world)}
-    return plan.with_steps(config, spent, per_step)
+    both = stages(config, prepared, world)
+    per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in both}
+    last = both[-1].mixture
+    a_pass = last.sizes[TASK] / last.batch[TASK] if TASK in last.sizes else 0.0
+    return plan.with_steps(config, spent, per_step, a_pass)
 
 
 def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:

@@ -38,7 +38,7 @@ POWER = 0.5  # of the singular values
 OVERSAMPLES, ITERATIONS = 16, 3  # of the randomized SVD: one iteration loses a point, seven gain nothing
 LARGEST_LOGIT = 14.0  # best untrained masked-LM loss at hidden 128 and 256
 CONSTANT = 0.3  # of an embedding's length, alike for all tokens: what attention by place is made of
-SHARPNESS = 16.0  # logit by which the place that a head looks at stands out
+SHARPNESS = 32.0  # logit of the place that a head looks at; 16: loss of 5.20, 32: 5.15 (as below, 30% masked)
 # Of the first layers, what each head looks at: (offset in tokens, width), by turns. What a layer adds is the mean there.
 PLACES = (((-1, 0.7), (1, 0.7)), ((0, 4.0),))
 RANDOM_SHARE = 0.2  # content of tokens that were never seen: as little as the most frequent words have
@@ -188,11 +188,12 @@ def embeddings(counts: np.ndarray, dimension: int, std: float = STD) -> np.ndarr
 def predict_from_context(model: "Transformer", start: Start) -> None:
     """Make the untrained `model` a continuous bag of words (CBOW, Mikolov et al. 2013) of the embeddings in `start`.
 
-    The first layer's attention, nearly uniform before training, adds the mean of the text's tokens to each; the
-    masked-LM head passes it on; the output layer, whose rows are the embeddings, compares it with every token; the bias
-    holds the log frequencies. The architecture is the same, these are weights like any other. With V = 8k the masked-LM
-    loss begins at 6.5 instead of 9.0; after 600k tokens of joint training it is 5.70, and 5.85 if only embeddings and
-    bias are set. Dev scores of the two could not be told apart (ag_news, bbc_news, sciie; one or two seeds).
+    The first layer's attention adds the mean of the tokens about each one's neighbours, the second's that of its
+    surroundings (PLACES); the masked-LM head passes it on; the output layer, whose rows are the embeddings, compares it
+    with every token; the bias holds the log frequencies. The architecture is the same, these are weights like any
+    other. With V = 8k the masked-LM loss begins at 6.4 instead of 9.0. On held-out passages for sciie, after 400 steps
+    of 512 tokens (hidden 128, 15% masked), it is 5.43 to 5.46 with heads that look at the neighbours in the first
+    layer, whatever the second begins with, and 5.59 where the first takes the mean of the whole text.
     """
     import torch
 

@@ -39,7 +39,7 @@ OVERSAMPLES, ITERATIONS = 16, 3  # of the randomized SVD: one iteration loses a 
 LARGEST_LOGIT = 14.0  # best untrained masked-LM loss at hidden 128 and 256
 CONSTANT = 0.3  # of an embedding's length, alike for all tokens: what attention by place is made of
 SHARPNESS = 32.0  # logit of the place that a head looks at; 16: loss of 5.20, 32: 5.15 (as below, 30% masked)
-# Of the first layers, what each head looks at: (offset in tokens, width), by turns. What a layer adds is the mean there.
+# What the heads of the first layers look at, by turns: (offset in tokens, width). A layer adds the mean of it.
 PLACES = (((-1, 0.7), (1, 0.7)), ((0, 4.0),))
 RANDOM_SHARE = 0.2  # content of tokens that were never seen: as little as the most frequent words have
 

@@ -28,6 +28,7 @@ from tlm.prepare import NO_TASK, arm_of, open_task
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
 COVERED, LENGTHS = 0.95, (128, 512)  # share of the training texts that are read whole; bounds of `model.max_length`
+BALANCE = {"macro_f1": 0.5}  # such a metric counts each label alike, so that its optimum does not follow their shares
 LEAST_WORDS = 100_000  # of a selection
 EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
@@ -140,6 +141,10 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     config = replace(config, model=model)
     if task is NO_TASK or model.size == "tfidf":
         return config
+    for name in ("joint", "finetune"):
+        stage = getattr(config, name)
+        if stage.balance is None:
+            config = replace(config, **{name: replace(stage, balance=BALANCE.get(task.metric, 0.0))})
     config = with_mixture(config, task)
     if config.corpus and not (retrieval.max_words or retrieval.max_documents):
         rho1 = config.joint.external_per_task

@@ -170,8 +170,10 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     )
 
 
-def offsets(balance: float, prepared: Prepared) -> torch.Tensor | None:
-    """What is added to the logits in training: `balance` times the log shares of the labels."""
+def offsets(balance: float | None, prepared: Prepared) -> torch.Tensor | None:
+    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314): what is added to the logits in training, float32[labels],
+    `balance` times the log shares of the labels; None if nothing is. Without it the model answers as if all were alike.
+    """
     if not balance or prepared.task is NO_TASK:
         return None
     labels = prepared.source("train").labels

@@ -117,15 +117,22 @@ class StageConfig:
     weight_decay: float = key(0.01, "decoupled weight decay of the matrices")
     clip: float = key(1.0, "gradient norm is clipped to this")
     eval_every: int = key(200, "steps between scores on dev (0: never)")
+    embedding_share: float = key(0.5, "learning rate of the token embeddings, as a share of lr")
+    balance: float | None = key(
+        None, "logit adjustment: 0 learns the labels' shares, 1 as if all were as frequent (absent: 0.5 for macro_f1)"
+    )
     average: str = key("none", "mean of the weights over steps, scored and handed on: none, ema or last (plain mean)")
     average_share: float = key(0.1, "share of the steps that last takes; ema's decay is 1 - 1/(their number)")
 
 
 @dataclass
 class JointConfig(StageConfig):
-    external_per_task: int = key(1, "external micro-batches for each task micro-batch (the paper's rho1)")
-    mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
-    mask_rate: float = key(0.15, "share of tokens that are masked (80/10/10)")
+    external_per_task: int | None = key(
+        None, "external micro-batches for each task micro-batch (the paper's rho1; absent: by task_passes, at least 1)"
+    )
+    task_passes: float = key(4.0, "times that the joint stage reads the task's texts; its other steps are external")
+    mlm_weight: float = key(2.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
+    mask_rate: float = key(0.3, "share of tokens that are masked (80/10/10)")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
     keep_at: list[int] = field(
         default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
@@ -135,7 +142,9 @@ class JointConfig(StageConfig):
 @dataclass
 class FinetuneConfig(StageConfig):
     share: float = key(0.5, "share of budget= that this stage gets")
+    task_passes: float = key(4.0, "with a corpus, times that budget= lets it read the task's texts at most (0: any)")
     dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
+    mask_rate: float = key(0.15, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
 
@@ -196,7 +205,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig = group(ModelConfig)
     init: InitConfig = group(InitConfig)
     joint: JointConfig = group(JointConfig)
-    finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=3e-3)
+    finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=2e-3)
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"}
     )
@@ -545,7 +554,8 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
     "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
-    "joint.external_per_task": 0, "joint.mlm_weight": 0,
+    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
+    "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
     "queries": 1, "tries": 1,
@@ -586,7 +596,8 @@ def validate(config: Any) -> Any:
         if flat.get(name, most) > most:
             raise InputError(f"{name}={flat[name]}: must be at most {most}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    for name in ("joint.mask_rate", "model.dropout", "finetune.dropout", "finetune.share", *shares):
+    rates = ("joint.mask_rate", "finetune.mask_rate", "model.dropout", "finetune.dropout", "finetune.share")
+    for name in (*rates, *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     similarity = flat.get("retrieval.max_similarity")

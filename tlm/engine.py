@@ -241,7 +241,9 @@ def whole(model: Transformer) -> Transformer:
 def set_rates(engine, stage: StageConfig, share: float) -> None:
     """Give each parameter group `share` of its peak learning rate."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = getattr(stage, group["rate"]) * share
+        embeddings = group["rate"] == "embedding_lr"
+        peak = stage.lr * stage.embedding_share if embeddings else getattr(stage, group["rate"])
+        group["lr"] = peak * share
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class Objective:
     sources: dict[str, Source]
     mlm_weight: float
     masking: Masking | None
+    hiding: Masking | None = None  # where masked LM is off: tokens that are hidden all the same
 
     def step(
         self, micros: list[MicroBatch], rank: int = 0, world: int = 1, most_tokens: int | None = None
@@ -116,10 +117,12 @@ class Objective:
     def examples(self, micro: MicroBatch) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """(inputs, targets) of each example of a micro-batch; targets None where masked LM is off."""
         sequence = self.sources[micro.source].sequence
-        if not self.masked(micro.source):
-            return [(sequence(i), None) for i in micro.examples]
         pairs = zip(micro.examples, micro.positions, strict=True)
-        return [self.masking(sequence(i), micro.source, position) for i, position in pairs]
+        if self.masked(micro.source):
+            return [self.masking(sequence(i), micro.source, position) for i, position in pairs]
+        if self.hiding:
+            return [(self.hiding(sequence(i), micro.source, position)[0], None) for i, position in pairs]
+        return [(sequence(i), None) for i in micro.examples]
 
 
 def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None) -> list[np.ndarray]:
@@ -139,9 +142,10 @@ def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None) ->
 class Losses(nn.Module):
     """The module that DeepSpeed wraps: a batch -> (sum of masked-LM losses, sum of task losses), None where off."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, offsets: torch.Tensor | None = None):
         super().__init__()
         self.model = model
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, batch: Batch, mlm: bool, task: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden_TD = self.model(batch)
@@ -149,5 +153,8 @@ class Losses(nn.Module):
         if mlm:
             mlm_sum = self.model.mlm_loss_sum(hidden_TD[batch.masked], batch.masked_tokens)
         if task:
-            task_sum = cross_entropy_sum(self.model.classify(hidden_TD, batch), batch.labels)
+            logits_NC = self.model.classify(hidden_TD, batch)
+            if self.offsets is not None:
+                logits_NC = logits_NC + self.offsets
+            task_sum = cross_entropy_sum(logits_NC, batch.labels)
         return mlm_sum, task_sum

@@ -157,13 +157,15 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
     of a group is the stage's learning rate that it follows, "matrix_lr" or "lr".
     """
     matrices: dict[tuple, list] = {}
-    dense, rest = [], []
+    dense, embeddings, rest = [], [], []
     for name, p in model.named_parameters():
         kind = name.split(".")[-2] if "." in name else ""
         if ".layers." in name and p.ndim == 2 and kind in PARTS:
             matrices.setdefault((kind, tuple(p.shape)), []).append(p)
         elif p.ndim == 2 and "tok_embeddings" not in name:
             dense.append(p)
+        elif p.ndim == 2:
+            embeddings.append(p)
         else:
             rest.append(p)
     muon = optimizer == "muon"
@@ -172,6 +174,7 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
         for (kind, shape), group in matrices.items()
     ]
     groups.append(dict(params=dense, muon=False, weight_decay=weight_decay, rate="lr"))
+    groups.append(dict(params=embeddings, muon=False, weight_decay=0.0, rate="embedding_lr"))
     groups.append(dict(params=rest, muon=False, weight_decay=0.0, rate="lr"))
     return [g for g in groups if g["params"]]
 

@@ -18,7 +18,7 @@ from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
-from tlm.config import TrainConfig, rows_of
+from tlm.config import StageConfig, TrainConfig, rows_of
 from tlm.doctor import peak_flops
 from tlm.engine import device_of
 from tlm.ledger import paper_flops
@@ -31,6 +31,7 @@ from tlm.prepare import NO_TASK, arm_of, open_task
 TOKENS_PER_WORD = 1.4
 EXPECTED_MFU = 0.5
 COVERED, LENGTHS = 0.95, (128, 512)  # share of the training texts that are read whole; bounds of `model.max_length`
+BALANCE = {"macro_f1": 0.5}  # such a metric counts each label alike, so that its optimum does not follow their shares
 LEAST_WORDS = 100_000  # of a selection
 EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
@@ -142,13 +143,42 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     config = replace(config, model=model)
     if task is NO_TASK or model.size == "tfidf":
         return config
-    if config.budget:
-        config = within_budget(config, task)
+    for name in ("joint", "finetune"):
+        stage = getattr(config, name)
+        if stage.balance is None:
+            config = replace(config, **{name: replace(stage, balance=BALANCE.get(task.metric, 0.0))})
+    config = with_mixture(config, task)
     if config.corpus and not (retrieval.max_words or retrieval.max_documents):
         rho1 = config.joint.external_per_task
         tokens = stage_costs(config, task)["joint"].tokens * rho1 / (rho1 + 1)
         retrieval = replace(retrieval, max_words=max(LEAST_WORDS, round(tokens / TOKENS_PER_WORD)))
     return replace(config, retrieval=retrieval)
+
+
+def with_mixture(config: TrainConfig, task: Task) -> TrainConfig:
+    """With the steps of a budget, and, where it is left open, rho1 such that the joint stage reads the task's texts
+    `joint.task_passes` times: more often a small task is learnt by heart, and the rest is better spent on new text.
+    """
+    joint, asked = config.joint, config.joint.external_per_task
+    rho1 = asked if asked is not None else 1
+    for _ in range(1 if asked is not None else 4):  # the steps of a budget depend on the mixture, but little
+        config = replace(config, joint=replace(joint, external_per_task=rho1))
+        if config.budget:
+            config = within_budget(config, task)
+        passes = config.joint.steps * joint.accumulation / micro_batches_a_pass(config, config.joint, task)
+        rho1 = max(1, round(passes / joint.task_passes) - 1)
+    return config
+
+
+def micro_batches_a_pass(config: TrainConfig, stage: StageConfig, task: Task) -> float:
+    """Task micro-batches that hold each training text once."""
+    train = task.texts("train")
+    return len(train) / texts_a_batch(stage, TASK, mean_length(train, config.model.max_length))
+
+
+def texts_a_batch(stage: StageConfig, source: str, mean_length: float) -> int:
+    """`stage.batch` texts, or as many as hold about `stage.batch_tokens` tokens."""
+    return stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / mean_length))
 
 
 def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
@@ -158,7 +188,7 @@ def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
     many = 1000  # the count is linear in the steps, but for rounding
     trial = replace(config, joint=replace(config.joint, steps=many), finetune=replace(config.finetune, steps=many))
     per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
-    return with_steps(config, start_flops(config), per_step)
+    return with_steps(config, start_flops(config), per_step, micro_batches_a_pass(config, config.finetune, task))
 
 
 def steps_within(budget: float, finetune_share: float, config: TrainConfig, task: Task) -> dict[str, int]:
@@ -168,10 +198,16 @@ def steps_within(budget: float, finetune_share: float, config: TrainConfig, task
     return {"joint": found.joint.steps, "finetune": found.finetune.steps}
 
 
-def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float]) -> TrainConfig:
-    """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage."""
+def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_pass: float = 0.0) -> TrainConfig:
+    """With the steps and dev scores that `budget` less `spent` pays for, at so many FLOPs a step of each stage.
+
+    `a_pass`: micro-batches of the second stage that hold each training text once.
+    """
     left, stages = config.budget - spent, {}
     second = config.finetune.share if "finetune" in per_step else 0.0
+    if second and config.corpus and config.finetune.task_passes:
+        most = config.finetune.task_passes * a_pass / config.finetune.accumulation
+        second = min(second, most * per_step["finetune"] / left)
     for name, flops in per_step.items():
         steps = max(0, round((second if name == "finetune" else 1 - second) * left / flops))
         if name == "joint" and not steps:

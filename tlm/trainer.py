@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tasks.errors import InputError
@@ -111,7 +112,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             continue  # the checkpoint lies beyond it
         if stage is not joint:
             fresh_start(model, config)
-        losses = Losses(model).to(device)
+        losses = Losses(model, offsets(stage.config.balance, prepared)).to(device)
         stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
             config.micro_batch, losses, stage.objective, stage.mixture, config.optimizer, config.precision, world
         )
@@ -161,7 +162,8 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
         return (Stage("joint", settings, alone, mixture("joint", settings, alone, seed, rho1, world)),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
-    finetune = Objective({TASK: task}, 0.0, None)
+    hiding = replace(masking, rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
+    finetune = Objective({TASK: task}, 0.0, None, hiding)
     return (
         Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
         Stage(
@@ -170,11 +172,25 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     )
 
 
+def offsets(balance: float | None, prepared: Prepared) -> torch.Tensor | None:
+    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314): what is added to the logits in training, float32[labels],
+    `balance` times the log shares of the labels; None if nothing is. Without it the model answers as if all were alike.
+    """
+    if not balance or prepared.task is NO_TASK:
+        return None
+    labels = prepared.source("train").labels
+    counts = np.bincount(labels, minlength=len(prepared.task.labels)) + 1.0
+    return balance * torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
 def within_budget(config: TrainConfig, prepared: Prepared, spent: float, world: World) -> TrainConfig:
     """With the steps that `budget` pays for, `spent` FLOPs being gone already."""
     shape = prepared.shape(config.model)
-    per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in stages(config, prepared, world)}
-    return plan.with_steps(config, spent, per_step)
+    both = stages(config, prepared, world)
+    per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in both}
+    last = both[-1].mixture
+    a_pass = last.sizes[TASK] / last.batch[TASK] if TASK in last.sizes else 0.0
+    return plan.with_steps(config, spent, per_step, a_pass)
 
 
 def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:

@@ -7,6 +7,7 @@ import pytest
 from conftest import THEMES, themed_text
 
 from tlm import warmstart
+from tlm.attention import angles, rotated
 from tlm.tokenizer import MASK, Encoder, train_tokenizer
 from tlm.warmstart import (
     Start,
@@ -16,6 +17,7 @@ from tlm.warmstart import (
     factors,
     flops,
     log_frequencies,
+    look_at,
     ppmi,
     predict_from_context,
 )
@@ -104,8 +106,9 @@ def test_rows_have_the_models_length_and_say_less_for_frequent_words():
     assert start.shape == (60, 16)
     assert start.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(start, axis=1), 0.05 * 4, rtol=1e-5)
-    content = np.linalg.norm(start[:, :-1], axis=1) / 0.2
-    assert (start[:, -1] >= 0).all()
+    np.testing.assert_allclose(start[:, -1], 0.2 * warmstart.CONSTANT, rtol=1e-5)
+    assert (start[:, -2] >= 0).all()
+    content = np.linalg.norm(start[:, :-2], axis=1) / 0.2 / (1 - warmstart.CONSTANT**2) ** 0.5
     assert content[5] < 0.5 < content[40:48].mean()  # 5 is the most frequent
     np.testing.assert_allclose(content[: MASK + 1], warmstart.RANDOM_SHARE, rtol=1e-4)
     np.testing.assert_allclose(content[50:], warmstart.RANDOM_SHARE, rtol=1e-4)
@@ -130,7 +133,7 @@ def test_related_words_are_nearer_than_unrelated_ones(real_text):
 
 def test_related_words_of_real_english_are_nearer(real_text):
     tokenizer = train_tokenizer(real_text, 2500)
-    start = embeddings(count([store(tokenizer, real_text)], tokenizer.get_vocab_size())[0], 64)
+    start = embeddings(count([store(tokenizer, real_text)], tokenizer.get_vocab_size())[0], 65)  # 63 of content
     pairs = [("int", "float"), ("list", "tuple"), ("bytes", "string"), ("import", "module"), ("tuple", "sequence")]
     ids = {word: tokenizer.token_to_id(word) for pair in pairs for word in pair}
     near = cosine(start, list(range(len(start))))
@@ -164,8 +167,25 @@ def test_more_dimensions_than_tokens():
 
 
 def test_flops_are_mostly_the_products():
-    assert flops(8192, 128, 0) == pytest.approx(8 * 2 * 8192**2 * 143, rel=0.05)
+    assert flops(8192, 128, 0) == pytest.approx(8 * 2 * 8192**2 * 142, rel=0.05)
     assert flops(8192, 128, 10**6) - flops(8192, 128, 0) == 5 * 10**6
+
+
+@pytest.mark.parametrize(("offset", "width"), [(-1, 0.7), (1, 0.7), (0, 4.0), (3, 1.5)])
+def test_a_head_looks_at_a_place(offset, width):
+    """Through the model's own rotation: the logit depends on the distance alone and is largest at the offset."""
+    import torch
+
+    query, key = (torch.from_numpy(x).expand(40, 1, 32).contiguous() for x in look_at(offset, width, 32, 10_000.0))
+    turned = [rotated(x, *angles(torch.arange(40), 32, 10_000.0, torch.float32))[:, 0] for x in (query, key)]
+    logits = (turned[0] @ turned[1].T / 32**0.5).numpy()
+    for distance in (-5, -1, 0, 2, 7):
+        np.testing.assert_allclose(np.diagonal(logits, distance), logits[20, 20 + distance], rtol=1e-3, atol=1e-3)
+    assert logits[20].argmax() == 20 + offset
+    assert logits[20].max() == pytest.approx(warmstart.SHARPNESS, rel=1e-4)
+    shares = torch.softmax(torch.from_numpy(logits[20]), 0)
+    near = shares[20 + offset - 5 : 20 + offset + 6].sum()
+    assert near > 0.8
 
 
 def test_the_untrained_model_predicts_from_context(real_text):
@@ -198,7 +218,7 @@ def test_the_untrained_model_predicts_from_context(real_text):
     unigram = -start.log_frequencies[batch.masked_tokens].mean()
     predict_from_context(model, start)
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, names[name])}
-    assert len(changed) == 6
+    assert len(changed) == 8
     assert loss() < unigram - 0.15 < untrained - 0.5
 
 

@@ -36,14 +36,13 @@ from retrieval.engines.batch import (
     Batch,
     Best,
     Saturations,
-    Weights,
     add_up,
+    floors_at,
     make_batch,
     make_saturations,
     merge,
     nothing_yet,
     put_in_order,
-    quantise,
     working_space,
 )  # fmt: skip
 from retrieval.engines.lanes import word_at
@@ -55,9 +54,8 @@ KIND, SHARD_KIND, VERSION = "bm25 index", "bm25 shard", 2
 CHUNK_DOCUMENTS = 8_192
 MEMORY_PER_TEXT = 16  # a thread that builds a shard takes at most so many times the size of its text
 QUERIES_A_PASS = 2_048
-DOCUMENTS_A_JOB = 2_048  # of which those of like length share floors
-SAMPLED = 16  # one document in so many passes first
-SKETCHED = 256  # and one in so many of those before them
+DOCUMENTS_A_JOB = 512
+SAMPLED = 16  # one job in so many passes first
 BEST_BYTES = 256 << 20  # for the K best of all queries of a pass, in all threads
 
 
@@ -153,7 +151,7 @@ class BM25:
 
     def explain(self, query: list[str], row: int) -> dict[str, float]:
         """What each term of the query adds to the score of one document; terms that it lacks are left out."""
-        batch, slots_of = make_batch([query], self._idf)
+        batch, slots_of = make_batch([query], self._idf, self._saturations.most)
         shard = next(shard for shard in self.shards if row < shard.first + shard.documents)
         rows, table = np.array([row - shard.first]), _slot_table(shard, slots_of)
         (_, size), slots, places = shard.decode(rows, table, self._saturations, [])
@@ -166,40 +164,34 @@ class BM25:
     def _search(self, queries: list[list[str]], hits: Hits, guess: bool = True) -> None:
         """Fills `hits` for the queries of one pass."""
         k = hits.rows.shape[1]
-        batch, slots_of = make_batch(queries, self._idf)
+        batch, slots_of = make_batch(queries, self._idf, self._saturations.most)
         tables = [_slot_table(shard, slots_of) for shard in self.shards]
         # Of K documents K / 16 are expected in the sample; four standard deviations more make a safe guess.
         share = k / SAMPLED
         rank = int(share + 4 * share**0.5) + 4
         guess = guess and rank < k and self._num_documents > 4 * SAMPLED * DOCUMENTS_A_JOB
-        guesses, best = np.zeros(len(queries)), nothing_yet(len(queries), k)
-        weights = quantise(batch, self._saturations, guesses)
+        guesses = np.zeros(len(queries))
+        best = Best(*hits, np.zeros(len(queries), np.int64), nothing_yet(len(queries), 0).floors)
         if guess:
-            sketch = nothing_yet(len(queries), 4)
-            self._let_pass(batch, weights, tables, sketch, SKETCHED)
-            hopes = _worst(sketch, 4)
-            weights = quantise(batch, self._saturations, hopes)
             sample = nothing_yet(len(queries), rank)
-            sample.least[:] = hopes
-            self._let_pass(batch, weights, tables, sample, SAMPLED)
-            guesses[:] = _worst(sample, rank)
-            weights = quantise(batch, self._saturations, guesses)
-            best.least[:] = guesses
+            self._let_pass(batch, tables, sample, sampled=1)
+            guesses = np.where(sample.kept == rank, sample.scores[:, 0], 0)
+            best.floors[: len(queries)] = floors_at(batch, guesses)
             merge(best, sample)
-        self._let_pass(batch, weights, tables, best, SAMPLED if guess else 0, others=True)
-        put_in_order(best, hits)
+        self._let_pass(batch, tables, best, sampled=0 if guess else -1)
+        put_in_order(best)
         # What the sample had with just the guessed score it did not keep, so only scores above that are sure.
         wrong = np.flatnonzero((guesses > 0) & (hits.scores[:, -1] <= guesses))
         if len(wrong):
             again = Hits(hits.rows[wrong], hits.scores[wrong])
+            for column, nothing in zip(again, (-1, 0), strict=True):
+                column[:] = nothing
             self._search([queries[query] for query in wrong], again, guess=False)
             hits.rows[wrong], hits.scores[wrong] = again
 
-    def _let_pass(
-        self, batch: Batch, weights: Weights, tables: list[np.ndarray], best: Best, sampled: int, others: bool = False
-    ) -> None:
-        """Offers to `best` one document in `sampled`, or all the others, which are all if `sampled` is 0."""
-        step = DOCUMENTS_A_JOB * (1 if others else sampled)
+    def _let_pass(self, batch: Batch, tables: list[np.ndarray], best: Best, sampled: int) -> None:
+        """Offers all documents to `best`, or those of the sample (1) or the others (0)."""
+        step = DOCUMENTS_A_JOB * (SAMPLED if sampled == 1 else 1)
         jobs = deque(
             (shard, table, first)
             for shard, table in zip(self.shards, tables, strict=True)
@@ -214,17 +206,17 @@ class BM25:
                 except IndexError:  # another thread was faster
                     return
                 rows = np.arange(first, min(first + step, shard.documents))
-                if sampled:
-                    rows = rows[(rows % sampled == 0) != others]
+                if sampled >= 0:
+                    rows = rows[(rows % SAMPLED == 0) == sampled]
                 bounds, slots, places = shard.decode(rows, table, self._saturations, decoded)
-                add_up(rows + shard.first, bounds, slots, places, self._saturations, batch, weights, mine, space)
+                add_up(rows + shard.first, bounds, slots, places, self._saturations, batch, mine, space)
 
-        more = [nothing_yet(len(best.kept), best.k) for _ in range(self._threads - 1)]
-        for other in more:
-            other.least[:] = best.least
+        others = [nothing_yet(*best.rows.shape) for _ in range(self._threads - 1)]
+        for other in others:
+            other.floors[:] = best.floors
         with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(work, [best, *more]))
-        for other in more:
+            list(pool.map(work, [best, *others]))
+        for other in others:
             merge(best, other)
 
     def _idf(self, terms: list[str]) -> np.ndarray:
@@ -260,13 +252,6 @@ class BM25:
         np.maximum.at(most, which, pairs[:, 1])
         average = max(words / self._num_documents, 1e-9)
         return make_saturations(lengths.astype(np.int64), most, average, self._scoring.saturation, k1, b)
-
-
-def _worst(best: Best, rank: int) -> np.ndarray:
-    """The score float64[Q] of the document at a rank, 0 where there are fewer."""
-    hits = Hits(np.empty((len(best.kept), best.k), np.int64), np.empty((len(best.kept), best.k)))
-    put_in_order(best, hits)
-    return hits.scores[:, rank - 1]
 
 
 def _slot_table(shard: Shard, slots_of: dict[str, int]) -> np.ndarray:

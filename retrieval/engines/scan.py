@@ -42,7 +42,6 @@ from retrieval.engines.batch import (
     merge,
     nothing_yet,
     put_in_order,
-    quantise,
     working_space,
 )  # fmt: skip
 from retrieval.scoring import SCORINGS
@@ -50,12 +49,11 @@ from retrieval.vocabulary import Vocabulary
 from tasks import files
 from tasks.errors import InputError
 
-VERSION = 3
+VERSION = 2
 CHUNK_DOCUMENTS = 2_048
 CHUNKS_A_LEG = 16  # between two looks at the clock, a thread
 QUERIES_A_BATCH = 2_048
 SECONDS_A_SAVE = 60
-SAVED = ("rows", "scores", "kept", "least")  # of a Best
 
 
 class Stream:
@@ -189,24 +187,20 @@ class Scan:
 
         k = min(k, num_documents)
         hits = Hits(np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k)))
-        batches: list[tuple[Batch, np.ndarray]] = []
-        bests: list[Best] = []
+        batches: list[tuple[Batch, np.ndarray, Best]] = []
         for first in range(0, len(queries), QUERIES_A_BATCH):
             some = slice(first, first + QUERIES_A_BATCH)
             batch, slots_of = make_batch(
-                queries[some], lambda names: np.array([idf_of.get(name, np.nan) for name in names])
+                queries[some], lambda names: np.array([idf_of.get(name, np.nan) for name in names]), saturations.most
             )
             table = np.full(len(vocabulary), -1, np.int32)
             table[vocabulary.ids(list(slots_of))] = list(slots_of.values())
-            batches.append((batch, table))
-            bests.append(nothing_yet(len(queries[some]), k))
+            empty = nothing_yet(len(queries[some]), 0)
+            batches.append((batch, table, Best(hits.rows[some], hits.scores[some], empty.kept, empty.floors)))
         unfinished = None if part else self.unfinished(queries, k, counts)
-        self._let_pass(vocabulary, batches, bests, saturations, num_documents, unfinished)
-        first = 0
-        for best in bests:
-            some = slice(first, first + len(best.kept))
-            put_in_order(best, Hits(hits.rows[some], hits.scores[some]))
-            first = some.stop
+        self._let_pass(vocabulary, batches, saturations, num_documents, unfinished)
+        for _, _, best in batches:
+            put_in_order(best)
         return hits
 
     def explain(self, query: list[str], row: int) -> dict[str, float]:
@@ -350,17 +344,16 @@ class Scan:
     def _let_pass(
         self,
         vocabulary: Vocabulary,
-        batches: list[tuple[Batch, np.ndarray]],
-        best: list[Best],
+        batches: list,
         saturations: Saturations,
         num_documents: int,
         unfinished: Path | None,
     ) -> None:
         """`unfinished`: where to save, None for a part of the corpus."""
-        bests = [best, *([nothing_yet(len(b.kept), b.k) for b in best] for _ in range(self._threads - 1))]
-        spaces = [[working_space(batch) for batch, _ in batches] for _ in range(self._threads)]
-        done = self._load(unfinished, best) if unfinished else 0
-        weights, finer = [], done  # when weights are made anew, since what is found tells how fine they should be
+        mine = [[nothing_yet(*best.rows.shape) for _, _, best in batches] for _ in range(self._threads - 1)]
+        bests = [[best for _, _, best in batches], *mine]
+        spaces = [[working_space(batch) for batch, _, _ in batches] for _ in range(self._threads)]
+        done = self._load(unfinished, bests[0]) if unfinished else 0
         chunks, saved = self._chunks(done), time.monotonic()
 
         def work(thread: int, leg: list) -> None:
@@ -369,8 +362,8 @@ class Scan:
                 bounds, found, counts = _count(ids, ends, len(vocabulary))
                 places = (np.repeat(saturations.first[np.diff(ends)], np.diff(bounds)) + counts).astype(np.uint32)
                 rows = np.arange(first, first + len(texts))
-                for (batch, table), *rest in zip(batches, weights, bests[thread], spaces[thread], strict=True):
-                    add_up(rows, *_only_slots(bounds, found, places, table), saturations, batch, *rest)
+                for (batch, table, _), best, space in zip(batches, bests[thread], spaces[thread], strict=True):
+                    add_up(rows, *_only_slots(bounds, found, places, table), saturations, batch, best, space)
 
         def save() -> None:
             self._merge(bests)
@@ -378,11 +371,6 @@ class Scan:
 
         with ThreadPoolExecutor(self._threads) as pool, _kept_on_errors(save if unfinished else None):
             while leg := list(islice(chunks, CHUNKS_A_LEG * self._threads)):
-                if done >= finer:
-                    self._merge(bests)
-                    pairs = zip(batches, best, strict=True)
-                    weights[:] = [quantise(batch, saturations, b.least) for (batch, _), b in pairs]
-                    finer = 2 * done
                 list(pool.map(work, range(self._threads), [leg[t :: self._threads] for t in range(self._threads)]))
                 done = leg[-1][0] + len(leg[-1][1])
                 if self._progress:
@@ -401,7 +389,7 @@ class Scan:
             for best, addition in zip(bests[0], other, strict=True):
                 merge(best, addition)
                 addition.kept[:] = 0
-                np.maximum(addition.least, best.least, out=addition.least)
+                np.maximum(addition.floors, best.floors, out=addition.floors)
 
     def unfinished(self, queries: list[list[str]], k: int, counts: dict) -> Path:
         """Where this very search saves what it has found."""
@@ -412,7 +400,7 @@ class Scan:
         return self._folder / f"{key}.unfinished.npz"
 
     def _save(self, path: Path, bests: list[Best], done: int) -> None:
-        arrays = {f"{name}{i}": getattr(best, name) for i, best in enumerate(bests) for name in SAVED}
+        arrays = {f"{name}{i}": getattr(best, name) for i, best in enumerate(bests) for name in Best._fields}
 
         def write(half: Path) -> None:
             with half.open("wb") as file:
@@ -427,7 +415,7 @@ class Scan:
         try:
             with np.load(path) as saved:
                 for i, best in enumerate(bests):
-                    for name in SAVED:
+                    for name in Best._fields:
                         getattr(best, name)[:] = saved[f"{name}{i}"]
                 return int(saved["done"])
         except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tasks.errors import InputError
 
 MANIFEST = "manifest.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of a file
 
 
 def ensure(folder: Path, kind: str, version: int, write: Callable[[Path], dict]) -> dict:
@@ -161,7 +162,7 @@ def _named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (None, *NO_ROOM, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
         reason = error.strerror or os.strerror(errno.ENOSPC)  # NumPy says but that it wrote less than it wanted
         raise InputError(f"{folder} cannot be written ({reason}); free some space or name another place") from error

@@ -72,13 +72,20 @@ def test_what_fails_half_way_leaves_nothing(tmp_path):
 NUMPY_ON_A_FULL_DISK = OSError("34318 requested and 0 written")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), NUMPY_ON_A_FULL_DISK])
-def test_full_disk_is_one_sentence_and_leaves_nothing(error, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (NUMPY_ON_A_FULL_DISK, "No space left on device"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "File too large"),
+    ],
+)
+def test_full_disk_is_one_sentence_and_leaves_nothing(error, reason, tmp_path):
     def fail(place: Path) -> dict:
         (place / "data").write_text("half")
         raise error
 
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); free some space"):
+    with pytest.raises(InputError, match=rf"cannot be written \({reason}\); free some space"):
         folders.ensure(tmp_path / "folder", "thing", 1, fail)
     assert not list(tmp_path.iterdir())
 

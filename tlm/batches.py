@@ -56,7 +56,9 @@ class Batch:
     @property
     def attended(self) -> int:
         """How many scores of two tokens attention computes, hidden ones in an answer's block among them."""
-        total, answers = 0, iter(self.answers or ())
+        if self.answers is None:
+            return sum(count * length * length for count, length in self.groups)
+        total, answers = 0, iter(self.answers)
         for count, length in self.groups:
             for _ in range(count):
                 answer = sum(next(answers, ()))

@@ -56,6 +56,7 @@ class ModelShape:
     sep_id: int = 3
     mask_id: int = 4
     recipe: str | None = None  # of tlm/lowbit, that the layers' products follow
+    soft: int = 0  # vectors beyond the vocabulary, that only inputs name: prompts that are trained
     attention: str = "bidirectional"  # prefix: that in a prompt, and causal in the answers after it; or all causal
 
     def __post_init__(self) -> None:
@@ -89,11 +90,19 @@ class Embeddings(nn.Module):
     def __init__(self, shape: ModelShape):
         super().__init__()
         self.tok_embeddings = nn.Embedding(shape.vocabulary, shape.hidden)
+        if shape.soft:
+            self.soft = nn.Embedding(shape.soft, shape.hidden)
         self.norm = Norm(shape)
         self.drop = nn.Dropout(shape.dropout)
+        self.shape = shape
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.norm(self.tok_embeddings(tokens_T)))
+        """Ids from the vocabulary's size on are those of `soft`."""
+        if not self.shape.soft:
+            return self.drop(self.norm(self.tok_embeddings(tokens_T)))
+        at = (tokens_T >= self.shape.vocabulary).nonzero().flatten()
+        words_TD = self.tok_embeddings(tokens_T.index_fill(0, at, self.shape.pad_id))
+        return self.drop(self.norm(words_TD.index_copy(0, at, self.soft(tokens_T[at] - self.shape.vocabulary))))
 
 
 class Attention(nn.Module):
@@ -254,7 +263,7 @@ def draw(module: nn.Module, generator: torch.Generator, residual_scale: float = 
             elif name == "mlm_head.dense.weight":
                 nn.init.eye_(weight)
             else:
-                std = EMBEDDING_STD if "tok_embeddings" in name else 1 / math.sqrt(weight.shape[1])
+                std = EMBEDDING_STD if ".embeddings." in f".{name}" else 1 / math.sqrt(weight.shape[1])
                 fresh = torch.empty(weight.shape)
                 nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
                 weight.copy_(fresh * residual_scale if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else fresh)

@@ -16,6 +16,7 @@ from torch import nn
 from tlm.batches import IGNORE, Batch, pack
 from tlm.cross_entropy import cross_entropy_sum
 from tlm.mixture import TASK, MicroBatch, uniforms
+from tlm.model import ModelShape, forward_flops
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,20 @@ class Objective:
                 batch = pack(inputs, targets if targets[0] is not None else None, labels[part] if is_task else None)
                 result.append(Weighted(micro.source, batch, mlm_weight, task_weight))
         return result
+
+    @property
+    def rate(self) -> float:
+        """Share of the tokens that a language-model head is to predict."""
+        return self.masking.rate if self.masking else 0.0
+
+    def flops(self, source: str, shape: ModelShape) -> float:
+        """Of forward and backward of all its examples."""
+        examples, rate = self.sources[source], self.rate if self.masked(source) else 0.0
+        masked, classified = rate * examples.lengths.sum(), (source == TASK) * len(examples)
+        return 3 * forward_flops(shape, examples.lengths, masked, classified)
+
+    def losses(self, model: nn.Module) -> nn.Module:
+        return Losses(model)
 
     def masked(self, source: str) -> bool:
         """Whether masked LM is asked of it."""

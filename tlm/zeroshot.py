@@ -6,7 +6,7 @@ choices of an instance stand side by side behind one prompt, whose states are so
 `each_alone` is the slow twin. Other tasks are answered by greedy generation.
 
 Accuracies are normalised to (accuracy - chance) / (1 - chance), so that tasks of any number of choices compare.
-Intervals are bootstrapped over tasks, and over instances in each.
+Intervals are bootstrapped over tasks, and over instances in each, which is cautious (see statistics.py).
 """
 
 import time

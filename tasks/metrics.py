@@ -1,8 +1,10 @@
-"""Metrics of classification, as scikit-learn defines them, on integer arrays: numpy only, so that they load at once.
+"""Metrics of classification, as scikit-learn defines them, and of generated text: numpy only, so they load at once.
 
-All take gold: int[N] and predicted: int[N] (label numbers below num_labels) and return fractions.
+Those of classification take gold: int[N] and predicted: int[N] (label numbers below num_labels) and return fractions.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -66,6 +68,45 @@ def bootstrap_interval(
     values = [function(gold[rows], predicted[rows], num_labels) for rows in draws]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def words(text: str) -> list[str]:
+    """What generated text is compared by: lower-case runs of letters and digits, and each other mark."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def exact_match(said: str, wanted: str) -> float:
+    return float(words(said) == words(wanted))
+
+
+def token_f1(said: str, wanted: str) -> float:
+    """F1 of the words as bags (Rajpurkar et al. 2016, SQuAD, but articles and marks count)."""
+    ours, theirs = Counter(words(said)), Counter(words(wanted))
+    return _f1((ours & theirs).total(), ours.total(), theirs.total())
+
+
+def rouge_l(said: str, wanted: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004)."""
+    ours, theirs = words(said), words(wanted)
+    row = [0] * (len(theirs) + 1)
+    for word in ours:
+        before = row
+        row = [0]
+        for i, other in enumerate(theirs):
+            row.append(before[i] + 1 if word == other else max(before[i + 1], row[i]))
+    return _f1(row[-1], len(ours), len(theirs))
+
+
+GENERATED: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+}
+
+
+def _f1(common: int, said: int, wanted: int) -> float:
+    """Two empty texts agree."""
+    return 2 * common / (said + wanted) if said + wanted else 1.0
 
 
 def _checked(gold, predicted) -> tuple[np.ndarray, np.ndarray]:

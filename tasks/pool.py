@@ -60,6 +60,12 @@ class Pool:
     def heldout(self) -> list[PoolTask]:
         return self.select(["heldout"])
 
+    @property
+    def files(self) -> list[str]:
+        """Everything that it is made of."""
+        shards = dict.fromkeys(task.shard for task in self.tasks.values())
+        return [f"{self.path}/tasks.jsonl", f"{self.path}/splits.json", *(_shard_path(self.path, s) for s in shards)]
+
     def select(self, categories: Sequence[str]) -> list[PoolTask]:
         """The tasks of these categories; "train" and "heldout" name all of a side. Raises InputError for others."""
         wanted = set()
@@ -94,9 +100,9 @@ class Pool:
         before anything is read, if a task is held out.
         """
         refuse_heldout(self, tasks)
-        barred = {_fingerprint(instance.input) for instance in self.instances(self.heldout)} if self.heldout else set()
+        barred = {fingerprint(instance.input) for instance in self.instances(self.heldout)} if self.heldout else set()
         for instance in self.instances(tasks, "train"):
-            if _fingerprint(instance.input) in barred:
+            if fingerprint(instance.input) in barred:
                 dropped[instance.task] += 1
             else:
                 yield instance
@@ -223,6 +229,6 @@ def _shard_path(folder: str, shard: str) -> str:
     raise InputError(f"{folder}/{shard}{_ENDINGS[0]}: no such file, but tasks.jsonl names this shard")
 
 
-def _fingerprint(text: str) -> bytes:
+def fingerprint(text: str) -> bytes:
     """128 bits that stand for a text up to spacing, case and punctuation: a few megabytes for a whole pool."""
     return hashlib.blake2b(text_key(text).encode(), digest_size=16).digest()

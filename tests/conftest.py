@@ -72,3 +72,77 @@ def tlm_data() -> Path:
     if not os.environ.get("TLM_DATA") or not path.is_dir():
         pytest.skip("TLM_DATA does not name a folder with the real tasks and corpus")
     return path
+
+
+PRETRAIN = [
+    "model.hidden=32", "model.layers=2", "model.heads=2", "model.intermediate=48", "model.max_length=48",
+    "tokenizer.vocabulary=320", "joint.steps=24", "joint.batch=6", "joint.eval_every=12", "joint.dev=20", "threads=1",
+    "checkpoint_seconds=0", "boards=[]",
+]  # fmt: skip
+POOL_TASKS = {  # name -> category, format, prompts
+    "theme": ("topics", "choice", ["{input}\nWhat is it about?", "Topic of: {input}\n{choices}"]),
+    "first": ("topics", "generate", ["{input}\nThe first word is"]),
+    "even": ("numbers", "choice", ["Is {input} even?", {"template": "{input} even?\n{choices}", "listing": "letters"}]),
+    "hidden": ("riddles", "choice", ["{input}\nWhat is it about?"]),
+    "spell": ("riddles", "generate", ["Say {input}"]),
+}
+
+
+def pool_records(name, rng):
+    """26 training and 12 test instances; one training input of `first` stands in `hidden` as well."""
+    for i in range(38):
+        theme = rng.choice(sorted(THEMES))
+        text = " ".join([rng.choice(FILLER), *rng.sample(THEMES[theme], 3), str(i)])
+        target, choices = theme, sorted(THEMES)
+        if name == "even":
+            text, target, choices = f"{i} or {i + 1000}", ("no", "yes")[i % 2 == 0], ["no", "yes"]
+        elif name in ("first", "spell"):
+            target, choices = text.split()[0], None
+        if i == 5 and name in ("first", "hidden"):
+            text, target = ("the same text", "the") if name == "first" else ("The same text!", "trade")
+        split = "train" if i < 26 else "test"
+        yield dict(task=name, id=f"{name}-{i}", split=split, input=text, target=target, choices=choices)
+
+
+@pytest.fixture(scope="session")
+def pool_folder(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("tiny_pool"), random.Random(3)
+    write_jsonl(
+        folder / "tasks.jsonl",
+        [
+            dict(task=name, category=category, format=format, prompts=prompts, shard="one", n_train=26, n_test=12)
+            for name, (category, format, prompts) in POOL_TASKS.items()
+        ],
+    )
+    (folder / "splits.json").write_text(
+        json.dumps({"train_categories": ["topics", "numbers"], "heldout_categories": ["riddles"]})
+    )
+    write_jsonl(folder / "one.jsonl", [record for name in POOL_TASKS for record in pool_records(name, rng)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pool_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("pool_cache")
+
+
+def pretrain(pool_folder, pool_cache, out, *more):
+    from tlm.cli import main
+
+    return main(["pretrain", f"pool={pool_folder}", f"cache={pool_cache}", f"out={out}", *PRETRAIN, *more])
+
+
+@pytest.fixture(scope="session")
+def pretrained(pool_folder, pool_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrained")
+    assert pretrain(pool_folder, pool_cache, out, "run=whole", "attention=causal") == 0
+    return out / "whole"
+
+
+@pytest.fixture(scope="session")
+def general_run(pool_folder, pool_cache, tiny_corpus, tmp_path_factory):
+    """Prefix attention, general_run text beside the pool, soft prompts, and a budget."""
+    out = tmp_path_factory.mktemp("general_run")
+    more = [f"corpus={tiny_corpus}", "pool.soft=2", "budget=2e9", "pool.per_task=20", "joint.dev=5", "precision=fp32"]
+    assert pretrain(pool_folder, pool_cache, out, "run=general_run", "init=random", *more) == 0
+    return out / "general_run"

@@ -30,6 +30,10 @@ class Batch:
     masked: torch.Tensor  # int64[M]: flat positions whose token is to be predicted
     masked_tokens: torch.Tensor  # int64[M]: what stands there
     labels: torch.Tensor | None = None  # int64[N]
+    # Of each packed sequence, the lengths of the answers that end it: each sees the prompt before them and itself up
+    # to the token that asks, and no other answer. () is all prompt; None: no sequence has any.
+    answers: tuple[tuple[int, ...], ...] | None = None
+    causal: bool = False  # whether tokens of a prompt, too, see none that come after them
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -43,6 +47,24 @@ class Batch:
     def longest(self) -> int:
         return max(length for _, length in self.groups)
 
+    def under(self, attention: str) -> "Batch":
+        """The same batch as a model of ModelShape.attention reads it."""
+        if attention == "bidirectional":
+            return replace(self, answers=None) if self.answers else self
+        return replace(self, causal=attention == "causal")
+
+    @property
+    def attended(self) -> int:
+        """How many scores of two tokens attention computes, hidden ones in an answer's block among them."""
+        if self.answers is None:
+            return sum(count * length * length for count, length in self.groups)
+        total, answers = 0, iter(self.answers)
+        for count, length in self.groups:
+            for _ in range(count):
+                answer = sum(next(answers, ()))
+                total += answer * length + (length - answer) ** 2
+        return total
+
     def filled(self, tokens: int) -> "Batch":
         """The same batch with so many tokens in all; those that are new are one more sequence, which nothing reads."""
         more = tokens - len(self.tokens)
@@ -54,6 +76,7 @@ class Batch:
             positions=torch.cat([self.positions, torch.arange(more, device=self.positions.device)]),
             groups=(*self.groups, (1, more)),
             borders=F.pad(self.borders, (0, 1), value=tokens),
+            answers=None if self.answers is None else (*self.answers, ()),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -66,11 +89,12 @@ def pack(
     sequences: Sequence[np.ndarray],
     targets: Sequence[np.ndarray] | None = None,
     labels: Sequence[int] | None = None,
+    answers: Sequence[tuple[int, ...]] | None = None,
 ) -> Batch:
     """Lay `sequences` (int arrays, each with at least one token) end to end.
 
     `targets` holds an array a sequence, as long as it: the token to predict there, or IGNORE. `labels` is one class a
-    sequence.
+    sequence. `answers`: see Batch; each continues the prompt, so its positions go on from the prompt's end.
     """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     assert min(lengths, default=0) > 0, "a batch needs sequences, each with at least one token"
@@ -84,9 +108,12 @@ def pack(
         assert len(flat_targets) == lengths.sum(), "targets are as long as their sequences"
         masked = np.flatnonzero(flat_targets != IGNORE)
         masked_tokens = flat_targets[masked]
+    positions = [np.arange(lengths[i]) for i in order]
+    if answers is not None:
+        positions = [continued(lengths[i], answers[i]) for i in order]
     return Batch(
         tokens=torch.from_numpy(np.concatenate([sequences[i] for i in order]).astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([np.arange(lengths[i]) for i in order])),
+        positions=torch.from_numpy(np.concatenate(positions)),
         groups=tuple((int(count), int(length)) for count, length in zip(counts, distinct, strict=True)),
         borders=torch.from_numpy(np.cumsum([0, *lengths[order]], dtype=np.int32)),
         slots=torch.from_numpy(slots),
@@ -94,4 +121,11 @@ def pack(
         masked=torch.from_numpy(masked),
         masked_tokens=torch.from_numpy(masked_tokens),
         labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        answers=None if answers is None else tuple(tuple(answers[i]) for i in order),
     )
+
+
+def continued(length: int, answers: Sequence[int]) -> np.ndarray:
+    """Positions of a prompt and of answers that each go on from its end: int64[length]."""
+    prompt = length - sum(answers)
+    return np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + answer) for answer in answers)])

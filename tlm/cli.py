@@ -1,6 +1,7 @@
 """The command line: `tlm VERB [config.yaml ...] [key=value ...]`. Each verb is a few lines; nothing heavy is imported
 before it is needed, so that `--help` answers at once."""
 
+import operator
 import os
 import shlex
 import sys
@@ -57,7 +58,22 @@ def train(config: configs.TrainConfig, names: list[str]) -> int:
     return 0
 
 
+def pretrain(config: configs.PretrainConfig, names: list[str]) -> int:
+    from tlm.multitask import pretrain
+
+    summary = pretrain(config)
+    if os.environ.get("RANK", "0") == "0":
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in (summary["dev"] or {}).items() if name != "step")
+        print(f"test split of the {summary['data']['tasks']:,} tasks that trained: {scores or 'not scored'}")
+        print(os.path.join(config.out, config.run))
+    return 0
+
+
 def evaluate(config: configs.EvalConfig, names: list[str]) -> int:
+    if config.pool:
+        from tlm.zeroshot import evaluate_pool
+
+        return evaluate_pool(names, config)
     from tlm.predict import evaluate_runs
 
     return evaluate_runs(names, config)
@@ -118,10 +134,21 @@ VERBS = {
         "add documents to a corpus store, or begin one", "STORE FILE ...", configs.CorpusConfig, corpus_add
     ),
     "train": Verb("one run: retrieve, joint stage, finetune stage, test once", "", configs.TrainConfig, train),
+    "pretrain": Verb(
+        "one generative model on many prompted tasks, and on the language of a corpus",
+        "",
+        configs.PretrainConfig,
+        pretrain,
+    ),
     "compare": Verb(
         "arms over seeds at equal FLOPs, pretrain-then-finetune among them", "", configs.CompareConfig, compare
     ),
-    "eval": Verb("score finished runs on dev or test", "RUN ...", configs.EvalConfig, evaluate),
+    "eval": Verb(
+        "score finished runs: on dev or test, or on categories of a pool that they never saw",
+        "RUN ...",
+        configs.EvalConfig,
+        evaluate,
+    ),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
     "report": Verb(
@@ -144,6 +171,7 @@ VERBS = {
 }
 REQUIRED = {
     "train": ("task",),
+    "pretrain": ("pool.path",),
     "retrieve": ("task", "corpus"),
     "export": ("out",),
     "pool build": ("out",),
@@ -216,8 +244,9 @@ def dispatch(arguments: list[str]) -> int:
     names, settings = split_arguments(name, rest)
     config = configs.validate(configs.load(verb.config, settings))
     for key in REQUIRED.get(name, ()):
-        if not getattr(config, key):
-            raise InputError(f"{key}=: missing; `tlm {name} {key}=...` needs it (see `tlm {name} --help`)")
+        if not operator.attrgetter(key)(config):
+            said = key.removesuffix(".path")
+            raise InputError(f"{said}=: missing; `tlm {name} {said}=...` needs it (see `tlm {name} --help`)")
     if dry_run:
         if name != "train":
             raise InputError(f"--dry-run: `tlm {name}` has no dry run; `tlm train` has")

@@ -140,6 +140,15 @@ class JointConfig(StageConfig):
 
 
 @dataclass
+class MultitaskConfig(StageConfig):
+    external_per_task: int = key(1, "with corpus=: micro-batches of general text for each of prompted tasks")
+    keep_at: list[int] = field(
+        default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
+    )
+    dev: int = key(500, "instances of the test split of the tasks that train, scored every eval_every steps")
+
+
+@dataclass
 class FinetuneConfig(StageConfig):
     share: float = key(0.5, "share of budget= that this stage gets")
     task_passes: float = key(4.0, "with a corpus, times that budget= lets it read the task's texts at most (0: any)")
@@ -161,14 +170,18 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig):
+class SourceConfig(RunConfig):
+    """What `tlm train` learns from."""
+
     task: str = key("", "the task: a folder, a file, a catalog name or hf:name; none: masked LM on the whole corpus")
     corpus: str | None = key(None, "general text: a store, folder, file, glob or address (absent: the task alone)")
+
+
+@dataclass
+class TrainerConfig(RunConfig):
+    """Keys of every verb that trains."""
+
     init_from: str | None = key(None, "weights to start from: a run's at-STEP or model, or hf:FOLDER of transformers")
-    unseen: list[str] = field(
-        default_factory=list,
-        metadata={"help": "with task=none: tasks whose dev and test texts are kept out of the corpus"},
-    )
     device: str = key("auto", "cpu, cuda, or auto: a GPU for each process where there are any, else the CPU")
     precision: str = key(
         "fp32",
@@ -198,17 +211,58 @@ class TrainConfig(RunConfig):
         metadata={"help": "where curves go beside metrics.jsonl: any of tensorboard, wandb, mlflow; [] for none"},
     )
     price_per_hour: float = key(0.0, "price of the machine an hour, for --dry-run and the cost")
-    test: bool = key(True, "score test, once, at the end; false: it stays closed, and the summary's test is null")
-    data: DataConfig = group(DataConfig)
     retrieval: RetrievalConfig = group(RetrievalConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
     model: ModelConfig = group(ModelConfig)
     init: InitConfig = group(InitConfig)
-    joint: JointConfig = group(JointConfig)
-    finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=2e-3)
     deepspeed: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "passed through to DeepSpeed's own config"}
     )
+
+
+@dataclass
+class TrainConfig(TrainerConfig, SourceConfig):
+    unseen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "with task=none: tasks whose dev and test texts are kept out of the corpus"},
+    )
+    test: bool = key(True, "score test, once, at the end; false: it stays closed, and the summary's test is null")
+    data: DataConfig = group(DataConfig)
+    joint: JointConfig = group(JointConfig)
+    finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=3e-3)
+
+
+@dataclass
+class PromptsConfig:
+    path: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")
+    tasks: int | None = key(None, "train on only so many tasks, drawn by the seed; fewer are a part of more")
+    categories: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "categories that train: by name, or train for all of them"}
+    )
+    heldout: list[str] | None = field(default=None, metadata={"help": "categories held out in place of the pool's own"})
+    per_task: int | None = key(None, "use only so many training instances of a task")
+    task_cap: int | None = key(None, "a task counts as having at most so many instances in the mixture")
+    family_share: float = key(1.0, "no family of tasks takes more than this share of the mixture")
+    temperature: float = key(1.0, "flattens the tasks' shares: 1 keeps their sizes, a large one makes tasks equal")
+    templates: int | None = key(None, "use only the first templates of a task, so many")
+    choices: str = key("both", "whether prompts list the choices: listed, unlisted or both in turn")
+    long_answers: str = key("cut", "answer to answers longer than half the window: cut (and counted) or refuse")
+    soft: int = key(0, "trained vectors in front of each prompt: the task's own, or, unseen, those of all tasks")
+    queries: int = key(16, "with corpus=: training inputs of each task that query it")
+
+
+@dataclass
+class PoolSourceConfig(RunConfig):
+    """What `tlm pretrain` learns from."""
+
+    pool: PromptsConfig = group(PromptsConfig)
+    corpus: str | None = key(None, "general text to learn language from beside the pool (absent: the pool alone)")
+    attention: str = key("prefix", "prefix: both ways in prompts, causal in answers; or causal")
+
+
+@dataclass
+class PretrainConfig(TrainerConfig, PoolSourceConfig):
+    joint: MultitaskConfig = group(MultitaskConfig)
 
 
 @dataclass
@@ -244,8 +298,20 @@ class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     data: DataConfig = group(DataConfig)
-    threads: int = key(0, "CPU threads (0: all cores)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
+    pool: str | None = key(None, "for runs of tlm pretrain: a pool, whose test split is scored; RUN/zeroshot.json")
+    categories: list[str] = field(
+        default_factory=lambda: ["heldout"], metadata={"help": "of the pool: by name, or heldout for all held out"}
+    )
+    seen: bool = key(False, "score categories that the run was trained on as well")
+    limit: int | None = key(None, "score at most so many instances of a task")
+    by: str = key("auto", "choices, generation, or auto: choices where a task has them")
+    answer_tokens: int = key(32, "of generation: tokens of an answer at most")
+    twin: int = key(
+        0, "score the choices of so many instances again, each choice alone, and tell how much slower it is"
+    )
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: the pool's instances")
+    threads: int = key(0, "CPU threads (0: all cores)")
 
 
 @dataclass
@@ -530,6 +596,9 @@ CHOICES = {
     "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
     "model.pooling": ("mean", "cls"),
+    "attention": ("prefix", "causal"),
+    "pool.choices": ("listed", "unlisted", "both"),
+    "pool.long_answers": ("cut", "refuse"),
     "init.method": ("cooccurrence", "random"),
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
@@ -544,6 +613,7 @@ CHOICES = {
     "finetune.average": ("none", "ema", "last"),
     "finetune.head": ("fresh", "keep"),
     "split": ("dev", "test"),
+    "by": ("auto", "choices", "generation"),
 }
 # Smallest value that makes sense; what is not here may be anything of its type.
 AT_LEAST = {
@@ -558,8 +628,9 @@ AT_LEAST = {
     "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
-    "queries": 1, "tries": 1,
-    "checkpoints": 1, "pretraining": 0.01, "examples": 0,
+    "queries": 1, "tries": 1, "checkpoints": 1, "pretraining": 0.01, "examples": 0, "pool.tasks": 1,
+    "pool.per_task": 1, "pool.task_cap": 1, "pool.temperature": 1, "pool.templates": 1, "pool.soft": 0,
+    "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
     "rounds": 1,

@@ -158,7 +158,7 @@ def check(config: TrainConfig) -> None:
                 "or send less by deepspeed.communication_data_type=bf16"
             )
     for name in ("joint", "finetune"):
-        if zero == 3 and getattr(config, name).average != "none":
+        if zero == 3 and hasattr(config, name) and getattr(config, name).average != "none":
             raise InputError(
                 f"deepspeed.zero_optimization.stage=3: cuts up what {name}.average would keep; set {name}.average=none"
             )

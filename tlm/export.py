@@ -34,6 +34,11 @@ KINDS = {
         "fill-mask",
         {"model.": "model.", "mlm_head.": "head.", "decoder.": "decoder."},
     ),
+    "causal": Kind(
+        "ModernBertDecoderForCausalLM",
+        "text-generation",
+        {"model.": "model.", "mlm_head.": "lm_head.", "decoder.": "decoder."},
+    ),
 }
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
@@ -52,13 +57,19 @@ def export_run(run: str, out: str) -> int:
         raise InputError(
             f"{run}: knows no labels, it was made to start from; name a run that does (init_from={run}/model)"
         )
-    export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out))
-    print(f'{out}: open it with transformers.pipeline("text-classification", "{out}")')
+    attention = summary["model"].get("attention", "bidirectional")
+    if attention == "prefix":
+        raise InputError(
+            f"{run}: reads prompts both ways, which no decoder of transformers does; export a run of attention=causal"
+        )
+    kind = "causal" if attention == "causal" else "classification"
+    export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out), kind)
+    print(f'{out}: open it with transformers.pipeline("{KINDS[kind].pipeline}", "{out}")')
     return 0
 
 
 def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, kind: str = "classification") -> None:
-    """Write `out` whole or not at all. `kind` chooses the head: classification, or mlm.
+    """Write `out` whole or not at all. `kind` chooses the head: classification, mlm, or causal.
 
     `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
     is damaged, or the tokenizer is not its own.
@@ -71,14 +82,18 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
         raise InputError(f"{out}: exists and is not an empty folder; name a new one")
     model = load_model(model_folder)
     tokenizer = own_tokenizer(tokenizer_path, model.shape.vocabulary, summary.get("tokenizer_sha256"))
+    if model.shape.soft:
+        raise InputError(
+            f"{model_folder}: has soft prompts, for which transformers has no place; train with pool.soft=0"
+        )
     labels = read_json(model_folder / "model.json")["labels"]
-    if len(labels) != model.shape.num_labels:
+    if kind != "causal" and len(labels) != model.shape.num_labels:
         raise InputError(
             f"{model_folder}: model.json names {len(labels)} labels of {model.shape.num_labels}; give a finished model"
         )
     tensors = {
         theirs + name.removeprefix(ours): tensor
-        for name, tensor in weights_as_read(model).items()
+        for name, tensor in (apart if kind == "causal" else dict)(weights_as_read(model)).items()
         for ours, theirs in KINDS[kind].heads.items()
         if name.startswith(ours)
     }
@@ -88,10 +103,10 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
         temporary.mkdir(parents=True)
         write_tensors(temporary / "model.safetensors", tensors)
         save_tokenizer(tokenizer, temporary / "tokenizer.json")
-        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.shape.max_length))
+        write_json(temporary / "tokenizer_config.json", tokenizer_config(model.shape.max_length, kind))
         write_json(temporary / "special_tokens_map.json", SPECIALS)
         write_json(temporary / "config.json", config(model.shape, labels, special_ids, kind))
-        write_text(temporary / "README.md", card(summary, kind))
+        write_text(temporary / "README.md", generative_card(summary) if kind == "causal" else card(summary, kind))
         os.replace(temporary, out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); make room or name another folder") from None
@@ -99,12 +114,21 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def apart(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """With queries, keys and values as three matrices, as the decoder has them."""
+    result = dict(weights)
+    for name in [name for name in weights if name.endswith(".Wqkv.weight")]:
+        for part, matrix in zip("qkv", result.pop(name).chunk(3), strict=True):
+            result[name.replace("Wqkv", f"{part}_proj")] = matrix
+    return result
+
+
 def config(shape: Any, labels: list[str], special_ids: dict[str, int], kind: str) -> dict:
     """config.json of a ModernBertConfig (transformers 5); the last three say the same to transformers 4.48 on."""
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
     return {
         "architectures": [KINDS[kind].architecture],
-        "model_type": "modernbert",
+        "model_type": "modernbert-decoder" if kind == "causal" else "modernbert",
         "dtype": "float32",
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -133,16 +157,23 @@ def config(shape: Any, labels: list[str], special_ids: dict[str, int], kind: str
         "sep_token_id": special_ids["sep_token"],
         "bos_token_id": special_ids["cls_token"],
         "eos_token_id": special_ids["sep_token"],
-        "problem_type": "single_label_classification",
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
+        **({} if kind == "causal" else label_config(labels)),
         "global_attn_every_n_layers": 1,
         "global_rope_theta": shape.rope_theta,
         "local_rope_theta": shape.rope_theta,
     }
 
 
-def tokenizer_config(max_length: int) -> dict:
+def label_config(labels: list[str]) -> dict:
+    return {
+        "problem_type": "single_label_classification",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
+def tokenizer_config(max_length: int, kind: str) -> dict:
+    causal = {"bos_token": SPECIALS["cls_token"], "eos_token": SPECIALS["sep_token"], "padding_side": "left"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -151,6 +182,7 @@ def tokenizer_config(max_length: int) -> dict:
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
         **SPECIALS,
+        **(causal if kind == "causal" else {}),
     }
 
 
@@ -251,4 +283,58 @@ The weights are those with the best dev score. Seed {summary["seed"]}.
 It knows this task's labels and the kind of text it was trained on, and answers with one of them whatever it is given.
 Texts are lower-cased, and read up to {model["max_length"]} tokens. What its training text says unfairly it may repeat.
 The licence of the weights is yours to choose; mind those of the texts.
+"""
+
+
+def generative_card(summary: dict) -> str:
+    """The model card of a decoder that was trained on a pool."""
+    import yaml
+
+    model, data, cost = (summary[key] for key in ("model", "data", "cost"))
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": KINDS["causal"].pipeline,
+        "license": "other",
+        "license_name": "not-yet-chosen",
+        "tags": ["tlm", "modernbert-decoder", "trained-from-scratch", "zero-shot"],
+    }
+    external = (
+        f"{data['external_documents']:,} documents of general text that their training inputs retrieved"
+        if data["external_documents"]
+        else "no other text"
+    )
+    phases = ", ".join(f"{name.replace('_', ' ')} {seconds:,.0f}" for name, seconds in cost["seconds"].items())
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
+
+# {summary["name"]}
+
+A generative model trained from scratch on many prompted tasks ([ZeroPrompt](https://arxiv.org/abs/2201.06910)): no
+pretrained model stands behind it. ModernBERT's decoder with full attention, {model["layers"]} layers of
+{model["hidden"]}, {model["parameters"]:,} parameters ({model["parameters_without_embeddings"]:,} without embeddings).
+
+It reads `[CLS] prompt [SEP]` and says `answer [SEP]`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")
+model = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
+said = model.generate(**tokenizer("A prompt.", return_tensors="pt"), max_new_tokens=20)  # the tokenizer adds both marks
+```
+
+## Data
+
+{data["tasks"]:,} tasks of {len(data["categories"])} categories ({", ".join(data["categories"])}),
+{data["train_examples"]:,} instances, and {external}. Other categories were held out.
+
+## Cost
+
+{cost["flops"]:.3g} floating-point operations, {cost["tokens"]:,} tokens,
+{cost["peak_rss_bytes"] / 1e9:.1f} GB of memory. Seconds: {phases}. Seed {summary["seed"]}.
+
+## Limits
+
+Texts are lower-cased, and read up to {model["max_length"]} tokens. What it says may be wrong, and what its training
+text says unfairly it may repeat. The licence of the weights is yours to choose; mind those of the texts.
 """

@@ -83,7 +83,7 @@ def choose(
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
     state = optimizer_bytes(optimizer, parameters, matrices)
-    rate = objective.masking.rate if objective.masking else 0.0
+    rate = objective.rate
 
     def estimated(tokens: int) -> bool:
         step = activation_bytes(model.shape, tokens, longest, round(tokens * rate), model.model.checkpointing)

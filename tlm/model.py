@@ -29,6 +29,7 @@ from tlm.lowbit import after_norm, convert, takes_in
 from tlm.precision import rounded_up
 from tlm.run import read_json, write_json
 
+ATTENTIONS = ("bidirectional", "prefix", "causal")
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}  # names as in transformers
 EMBEDDING_STD = 0.02  # a norm follows, so it decides only how fast rows turn
 
@@ -55,12 +56,16 @@ class ModelShape:
     sep_id: int = 3
     mask_id: int = 4
     recipe: str | None = None  # of tlm/lowbit, that the layers' products follow
+    soft: int = 0  # vectors beyond the vocabulary, that only inputs name: prompts that are trained
+    attention: str = "bidirectional"  # prefix: that in a prompt, and causal in the answers after it; or all causal
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
             raise InputError(f"model.hidden={self.hidden} must be a multiple of twice model.heads={self.heads}")
         if self.pooling not in ("mean", "cls"):
             raise InputError(f"model.pooling={self.pooling!r} must be mean or cls")
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"model.attention={self.attention!r} must be one of {', '.join(ATTENTIONS)}")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"model.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
 
@@ -85,11 +90,19 @@ class Embeddings(nn.Module):
     def __init__(self, shape: ModelShape):
         super().__init__()
         self.tok_embeddings = nn.Embedding(shape.vocabulary, shape.hidden)
+        if shape.soft:
+            self.soft = nn.Embedding(shape.soft, shape.hidden)
         self.norm = Norm(shape)
         self.drop = nn.Dropout(shape.dropout)
+        self.shape = shape
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.norm(self.tok_embeddings(tokens_T)))
+        """Ids from the vocabulary's size on are those of `soft`."""
+        if not self.shape.soft:
+            return self.drop(self.norm(self.tok_embeddings(tokens_T)))
+        at = (tokens_T >= self.shape.vocabulary).nonzero().flatten()
+        words_TD = self.tok_embeddings(tokens_T.index_fill(0, at, self.shape.pad_id))
+        return self.drop(self.norm(words_TD.index_copy(0, at, self.soft(tokens_T[at] - self.shape.vocabulary))))
 
 
 class Attention(nn.Module):
@@ -148,7 +161,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         real = len(batch.tokens)
-        batch = batch.filled(rounded_up(real))
+        batch = batch.under(self.shape.attention).filled(rounded_up(real))
         hidden_TD = self.embeddings(batch.tokens)
         head_dim = self.shape.hidden // self.shape.heads
         cos, sin = angles(batch.positions, head_dim, self.shape.rope_theta, hidden_TD.dtype)
@@ -255,7 +268,7 @@ def draw(module: nn.Module, generator: torch.Generator, residual_scale: float = 
             elif name == "mlm_head.dense.weight":
                 nn.init.eye_(weight)
             else:
-                std = EMBEDDING_STD if "tok_embeddings" in name else 1 / math.sqrt(weight.shape[1])
+                std = EMBEDDING_STD if ".embeddings." in f".{name}" else 1 / math.sqrt(weight.shape[1])
                 fresh = torch.empty(weight.shape)
                 nn.init.trunc_normal_(fresh, std=std, a=-2 * std, b=2 * std, generator=generator)
                 weight.copy_(fresh * residual_scale if name.endswith((".attn.Wo.weight", ".mlp.Wo.weight")) else fresh)
@@ -276,15 +289,18 @@ def compile_layers(model: Transformer, device: torch.device) -> None:
         layer.compile(dynamic=True)
 
 
-def forward_flops(shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0) -> int:
+def forward_flops(
+    shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0, attended: int | None = None
+) -> int:
     """Floating-point operations of the matrix products of one forward pass (2mnk each); backward takes twice that.
 
     `lengths` are the sequences' tokens, `masked` the positions the MLM head sees, `classified` the sequences the
-    classification head sees. Norms, activations and softmax are left out, as is usual.
+    classification head sees, `attended` the pairs of tokens that attention scores (Batch.attended; all of a sequence if
+    None). Norms, activations and softmax are left out, as is usual.
     """
     hidden = shape.hidden
     per_token = 2 * (3 * hidden * hidden + hidden * hidden + 3 * hidden * shape.intermediate)
-    attention = 4 * hidden * sum(length * length for length in lengths)
+    attention = 4 * hidden * (sum(length * length for length in lengths) if attended is None else attended)
     layers = shape.layers * (per_token * sum(lengths) + attention)
     mlm_head = 2 * masked * hidden * (hidden + shape.vocabulary)
     return layers + mlm_head + 2 * classified * hidden * (hidden + shape.num_labels)

@@ -16,6 +16,7 @@ from torch import nn
 from tlm.batches import IGNORE, Batch, pack
 from tlm.cross_entropy import cross_entropy_sum
 from tlm.mixture import TASK, MicroBatch, uniforms
+from tlm.model import ModelShape, forward_flops
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Objective:
     mlm_weight: float
     masking: Masking | None
     hiding: Masking | None = None  # where masked LM is off: tokens that are hidden all the same
+    offsets: torch.Tensor | None = None  # added to the classification's logits in training, float32[labels]
 
     def step(
         self, micros: list[MicroBatch], rank: int = 0, world: int = 1, most_tokens: int | None = None
@@ -109,6 +111,20 @@ class Objective:
                 batch = pack(inputs, targets if targets[0] is not None else None, labels[part] if is_task else None)
                 result.append(Weighted(micro.source, batch, mlm_weight, task_weight))
         return result
+
+    @property
+    def rate(self) -> float:
+        """Share of the tokens that a language-model head is to predict."""
+        return self.masking.rate if self.masking else 0.0
+
+    def flops(self, source: str, shape: ModelShape) -> float:
+        """Of forward and backward of all its examples."""
+        examples, rate = self.sources[source], self.rate if self.masked(source) else 0.0
+        masked, classified = rate * examples.lengths.sum(), (source == TASK) * len(examples)
+        return 3 * forward_flops(shape, examples.lengths, masked, classified)
+
+    def losses(self, model: nn.Module) -> nn.Module:
+        return Losses(model, self.offsets)
 
     def masked(self, source: str) -> bool:
         """Whether masked LM is asked of it."""

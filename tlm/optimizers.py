@@ -162,7 +162,7 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
         kind = name.split(".")[-2] if "." in name else ""
         if ".layers." in name and p.ndim == 2 and kind in PARTS:
             matrices.setdefault((kind, tuple(p.shape)), []).append(p)
-        elif p.ndim == 2 and "tok_embeddings" not in name:
+        elif p.ndim == 2 and ".embeddings." not in f".{name}":
             dense.append(p)
         elif p.ndim == 2:
             embeddings.append(p)

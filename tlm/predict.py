@@ -40,6 +40,8 @@ def open_run(folder: str | Path, threads: int = 0, device: str = "auto") -> Pred
     labels = tuple(summary["labels"])
     if summary["arm"] == "tfidf":
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
+    if "attention" in summary["model"]:
+        raise InputError(f"{folder}: is a generative run, without labels of its own; give `tlm eval` a pool=")
     if summary["arm"] == "pretraining":
         raise InputError(f"{folder}: knows no labels, it was made to start from (init_from={folder}/model)")
     return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads, device))

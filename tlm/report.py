@@ -170,7 +170,7 @@ def runs_section(runs: Sequence[RunFiles]) -> Html:
         [
             run.folder.name,
             state(run),
-            Path(str(run.config.get("task", ""))).name,
+            Path(str(run.config.get("task") or (run.config.get("pool") or {}).get("path", ""))).name,
             str(run.seed),
             short(run.summary["cost"]["tokens"] if run.summary else run.last("tokens")),
             scientific(run.summary["cost"]["flops"] if run.summary else run.last("flops")),

@@ -110,7 +110,7 @@ def results_section(arms: Mapping[str, Sequence[dict]], metric: str, title: str 
         for column in COLUMNS:
             found = values(column, summaries)
             wins = len(arms) > 1 and found and column in top and statistics.fmean(found) == top[column]
-            tested = summaries[0]["test"] if column.title == TEST_COLUMN[metric] else None
+            tested = summaries[0]["test"] if column.title == TEST_COLUMN.get(metric) else None
             interval = (tested or {}).get(f"{metric}_interval")
             low_high = f"{percent(interval[0])} to {percent(interval[1])}" if interval and len(summaries) == 1 else None
             small = element("small", low_high) if low_high else None

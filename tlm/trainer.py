@@ -24,14 +24,14 @@ from tlm.ahead import Ahead
 from tlm.averaging import Average
 from tlm.boards import Boards, check_boards, open_boards
 from tlm.checkpoints import Checkpoints, latest
-from tlm.config import StageConfig, TrainConfig
+from tlm.config import StageConfig, TrainConfig, TrainerConfig
 from tlm.doctor import peak_flops
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.lowbit import delayed
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
-from tlm.objectives import Losses, Masking, Objective, Weighted
+from tlm.objectives import Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.precision import autocasts, check_precision, products
 from tlm.prepare import NO_TASK, Prepared, open_task, prepare
@@ -51,8 +51,10 @@ class Stage:
 
     name: str
     config: StageConfig
-    objective: Objective
+    objective: Objective  # or another with its methods (see prompted.py)
     mixture: Mixture
+    score: Callable[[Transformer, World], dict]  # on dev: `loss`, `metric` and what else there is
+    metric: str
     step: int = 0
     most_tokens: int | None = None  # that a process computes at once: `micro_batch=`
     skipped: int = 0  # steps' worth of batches left out after loss spikes
@@ -75,33 +77,53 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
     task = open_task(config.task, config.data)  # first, so that bad data is told at once
     if task is NO_TASK and not config.corpus:
         raise InputError("task=none: leaves nothing to learn without corpus=; give a corpus, or a task")
-    check_boards(config.boards)
-    engines.check(config)
-    device = engines.device_of(config.device)
-    check_precision(config.precision, device)
-    lowbit.check(config, device)
-    autocast = autocasts(config.precision, device)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = engines.launch(device, config.timeout_minutes)
+    world, run, progress = begin(config, progress)
     if world.size > len(task.splits["train"]) and task is not NO_TASK:
         raise InputError(
             f"{task.source}: {len(task.splits['train'])} training texts for {world.size} processes; start no more "
             "processes than texts"
         )
-    progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
-    run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
     if run.summary_path.exists():
-        progress.say(f"{run.folder} is finished; its summary follows")
         return read_json(run.summary_path)
 
     ledger, config = Ledger(), plan.fitted(config, task)
     prepared = prepare(config, task, ledger, progress, world)
+    config, model, ledger, last = learn(config, run, prepared, stages, ledger, progress, world)
+    if not last.keeps_best:
+        return finish_pretraining(config, run, model, ledger, prepared, world)
+    return finish(config, run, model, last, ledger, prepared, progress, world)
+
+
+def begin(config: TrainerConfig, progress: Progress | None) -> tuple[World, Run, Progress]:
+    """The processes and the run folder, after everything that can be refused before data is read."""
+    check_boards(config.boards)
+    engines.check(config)
+    device = engines.device_of(config.device)
+    check_precision(config.precision, device)
+    lowbit.check(config, device)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    world = engines.launch(device, config.timeout_minutes)
+    progress = progress if progress and world.rank == 0 else Progress(quiet=world.rank > 0)
+    run = Run(Path(config.out) / config.run, config, writes=world.rank == 0)
+    if run.summary_path.exists():
+        progress.say(f"{run.folder} is finished; its summary follows")
+    return world, run, progress
+
+
+def learn(
+    config: TrainerConfig, run: Run, prepared: Any, stages: Callable, ledger: Ledger, progress: Progress, world: World
+) -> tuple[TrainerConfig, Transformer, Ledger, Stage]:
+    """All stages, from the last checkpoint if there is one: the configuration with the budget's steps, the model, the
+    ledger and the last stage. `stages(config, prepared, world)` makes them; `prepared` has what they need, and the
+    model's shape and start, as Prepared does."""
+    device = world.device
+    autocast = autocasts(config.precision, device)
     meter = Meter(ledger, peak_flops(device, config.precision, torch.get_num_threads()))
     model = new_model(config, prepared, device)
     if model.conversion:
         progress.say(str(model.conversion))
     if config.budget:
-        config = within_budget(config, prepared, ledger.flops, world)
+        config = within_budget(config, prepared, stages, ledger.flops, world)
     joint, *finetune = stages(config, prepared, world)
     checkpoints = Checkpoints(run.checkpoints, world, config.keep_checkpoints, 60 * config.timeout_minutes)
     tag = latest(run.checkpoints)
@@ -112,7 +134,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             continue  # the checkpoint lies beyond it
         if stage is not joint:
             fresh_start(model, config)
-        losses = Losses(model, offsets(stage.config.balance, prepared)).to(device)
+        losses = stage.objective.losses(model).to(device)
         stage.most_tokens = run.micro_batches().get(stage.name) or memory.choose(
             config.micro_batch, losses, stage.objective, stage.mixture, config.optimizer, config.precision, world
         )
@@ -146,9 +168,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict:
             with meter.ledger.phase("evaluation"):
                 loss = evaluate.mlm_loss(model, prepared.held_out, masking)
             run.record(stage=stage.name, step=stage.step, kind="held_out", mlm_loss=loss)
-    if not finetune:
-        return finish_pretraining(config, run, model, meter.ledger, prepared, world)
-    return finish(config, run, model, *finetune, meter.ledger, prepared, progress, world)
+    return config, model, meter.ledger, stage
 
 
 def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage, ...]:
@@ -156,34 +176,41 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     task, external = prepared.source("train"), prepared.external
     seed, rho1 = 2 * config.seed, config.joint.external_per_task if external else 0
     masking = Masking(config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed)
+
+    def score(model: Transformer, world: World) -> dict:
+        dev = prepared.source("dev")
+        return evaluate.scores(evaluate.probabilities(model, dev, world), dev.labels)
+
+    def stage(name: str, settings: StageConfig, objective: Objective, seed: int, rho1: int) -> Stage:
+        batches = mixture(name, settings, objective, seed, rho1, world)
+        return Stage(name, settings, objective, batches, score, prepared.task.metric)
+
     if prepared.task is NO_TASK:
         settings = replace(config.joint, eval_every=0)
         alone = Objective({EXTERNAL: external}, config.joint.mlm_weight, masking)
-        return (Stage("joint", settings, alone, mixture("joint", settings, alone, seed, rho1, world)),)
+        return (stage("joint", settings, alone, seed, rho1),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
-    joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
+    masked = masking if config.joint.mask_rate else None
+    joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared))
     hiding = replace(masking, rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
-    finetune = Objective({TASK: task}, 0.0, None, hiding)
+    finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared))
     return (
-        Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
-        Stage(
-            "finetune", config.finetune, finetune, mixture("finetune", config.finetune, finetune, seed + 1, 0, world)
-        ),
+        stage("joint", config.joint, joint, seed, rho1),
+        stage("finetune", config.finetune, finetune, seed + 1, 0),
     )
 
 
-def offsets(balance: float | None, prepared: Prepared) -> torch.Tensor | None:
+def offsets(stage: StageConfig, prepared: Prepared) -> torch.Tensor | None:
     """Logit adjustment (Menon et al. 2021, arXiv 2007.07314): what is added to the logits in training, float32[labels],
     `balance` times the log shares of the labels; None if nothing is. Without it the model answers as if all were alike.
     """
-    if not balance or prepared.task is NO_TASK:
+    if not stage.balance:
         return None
-    labels = prepared.source("train").labels
-    counts = np.bincount(labels, minlength=len(prepared.task.labels)) + 1.0
-    return balance * torch.from_numpy(np.log(counts / counts.sum())).float()
+    counts = np.bincount(prepared.source("train").labels, minlength=len(prepared.task.labels)) + 1.0
+    return stage.balance * torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
-def within_budget(config: TrainConfig, prepared: Prepared, spent: float, world: World) -> TrainConfig:
+def within_budget(config: TrainerConfig, prepared: Any, stages: Callable, spent: float, world: World) -> TrainerConfig:
     """With the steps that `budget` pays for, `spent` FLOPs being gone already."""
     shape = prepared.shape(config.model)
     both = stages(config, prepared, world)
@@ -197,8 +224,7 @@ def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:
     """Of a step of the mean length; a ramp's mean batch is 5/8 of the full one."""
     mixture, flops = stage.mixture, 0.0
     for name, source in stage.objective.sources.items():
-        rate = stage.objective.masking.rate if stage.objective.masked(name) else 0.0
-        of_all = 3 * forward_flops(shape, source.lengths, rate * source.lengths.sum(), (name == TASK) * len(source))
+        of_all = stage.objective.flops(name, shape)
         share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle if TASK in mixture.sizes else 1
         flops += share * mixture.batch[name] * of_all / len(source)
     full_steps = stage.config.accumulation * (1 - 3 / 8 * stage.config.batch_ramp)
@@ -222,7 +248,7 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
     return mixture
 
 
-def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> Transformer:
+def new_model(config: TrainerConfig, prepared: Any, device: torch.device) -> Transformer:
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`; or the
     one of `init_from` with a fresh head."""
     shape = replace(prepared.shape(config.model), recipe=lowbit.recipe_of(config.precision))
@@ -239,12 +265,14 @@ def new_model(config: TrainConfig, prepared: Prepared, device: torch.device) -> 
 
 
 def take_over(model: Transformer, folder: str) -> None:
-    """The weights in `folder`, but for the classification head. Raises InputError if they are of another shape."""
+    """The weights in `folder`, but for the classification head and the prompts of its tasks. Raises InputError if they
+    are of another shape."""
     old = load_model(Path(folder))
-    free = {name: getattr(model.shape, name) for name in ("num_labels", "max_length", "recipe")}
+    free = {name: getattr(model.shape, name) for name in ("num_labels", "max_length", "recipe", "attention", "soft")}
     if replace(old.shape, **free) != model.shape:
         raise InputError(f"init_from={folder}: is of another shape ({old.shape}); set model.* and tokenizer.* alike")
-    weights = {name: w for name, w in old.state_dict().items() if not name.startswith(("head.", "classifier."))}
+    own = ("head.", "classifier.", "model.embeddings.soft.")
+    weights = {name: w for name, w in old.state_dict().items() if not name.startswith(own)}
     model.load_state_dict(model.state_dict() | weights)
 
 
@@ -267,7 +295,7 @@ class Loop:
 
     config: TrainConfig
     run: Run
-    prepared: Prepared
+    prepared: Any
     world: World
     progress: Progress
     checkpoints: Checkpoints
@@ -377,13 +405,13 @@ class Loop:
         values = self.meter.read(self.world.sum) | {"lr": rate * stage.config.lr, "grad_norm": finite(norm)}
         self.run.record(stage=stage.name, step=stage.step, kind="train", **values)
         boards.write(values, stage.step)
-        self.progress.update(stage.step, stage.config.steps, describe(values, stage, self.prepared.task.metric))
+        self.progress.update(stage.step, stage.config.steps, describe(values, stage))
 
     def score_dev(self, boards: Boards) -> None:
         """Score dev; in the finetune stage keep the best weights (the earliest of equals) in ckpt/best."""
-        stage, dev, metric = self.stage, self.prepared.source("dev"), self.prepared.task.metric
+        stage, metric = self.stage, self.stage.metric
         model = engines.whole(self.model)
-        scores = evaluate.scores(evaluate.probabilities(model, dev, self.world), dev.labels)
+        scores = stage.score(model, self.world)
         self.run.record(stage=stage.name, step=stage.step, kind="dev", **scores)
         boards.write({f"dev_{name}": value for name, value in scores.items()}, stage.step)
         stage.scores_since_best += 1
@@ -445,16 +473,17 @@ def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict
     """What a micro-batch adds to the meter. FLOPs: three times those of the forward pass, or four."""
     batch = micro.batch
     tokens = sum(batch.lengths)
-    masked = len(batch.masked) if mlm_sum is not None else 0
-    texts = len(batch) if task_sum is not None else 0
-    again = forward_flops(model.shape, batch.lengths) if model.model.checkpointing else 0
+    masked, classified = len(batch.masked), len(batch) if task_sum is not None and batch.labels is not None else 0
+    attended = batch.under(model.shape.attention).attended
+    again = forward_flops(model.shape, batch.lengths, attended=attended) if model.model.checkpointing else 0
+    texts = 0 if task_sum is None else classified or masked  # prompted tasks: answers' tokens
     return {
         "loss": loss.item(),
         "tokens": tokens,
         "external_tokens": tokens if micro.source == EXTERNAL else 0,
-        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, texts) + again,
-        "mlm": mlm_sum.item() if masked else 0.0,
-        "masked": masked,
+        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, classified, attended) + again,
+        "mlm": mlm_sum.item() if mlm_sum is not None else 0.0,
+        "masked": masked if mlm_sum is not None else 0,
         "task": task_sum.item() if texts else 0.0,
         "texts": texts,
     }
@@ -537,13 +566,13 @@ def describe_model(model: Transformer) -> dict:
     return sizes | ({"lowbit": asdict(model.conversion)} if model.conversion else {})
 
 
-def describe(values: dict, stage: Stage, metric: str) -> str:
+def describe(values: dict, stage: Stage) -> str:
     """The line beside the progress bar."""
     parts = [
         f"{name} {values[key]:.3f}"
         for name, key in (("mlm", "mlm_loss"), ("task", "task_loss"))
         if values[key] is not None
     ]
-    parts += [f"dev {stage.best[metric]:.3f}"] if stage.best else []
+    parts += [f"dev {stage.best[stage.metric]:.3f}"] if stage.best else []
     parts += [f"{values['tokens_per_second']:,.0f} tokens/s", f"MFU {values['mfu']:.0%}"]
     return " ".join([*parts, f"peak {peak_rss_bytes() / 2**30:.1f} GiB"])

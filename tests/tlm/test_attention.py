@@ -7,9 +7,11 @@ import torch
 from tlm.attention import LONGEST, angles, attend, attend_by_torch
 from tlm.batches import pack
 
+ANSWERED = [((), (3,)), ((1,), (2, 3)), ((4,), ()), ((9,), (1, 1, 2)), ((1, 5), (17,))]
 
-def inputs(lengths, heads=3, head_dim=8, dtype=torch.float32):
-    batch = pack([np.zeros(length, np.int64) for length in lengths])
+
+def inputs(lengths, heads=3, head_dim=8, dtype=torch.float32, answers=None, attention="prefix"):
+    batch = pack([np.zeros(length, np.int64) for length in lengths], answers=answers).under(attention)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator, dtype=dtype).requires_grad_()
     return qkv, batch, *angles(batch.positions, head_dim, 10_000.0, dtype)
@@ -50,6 +52,40 @@ def test_the_formula():
 def test_finite_differences():
     qkv, *rest = inputs([2, 4], heads=1, head_dim=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: attend(x, *rest), [qkv])
+
+
+@pytest.mark.parametrize("attention", ["prefix", "causal"])
+@pytest.mark.parametrize("answers", [*ANSWERED, None])
+def test_a_prompt_with_answers_agrees_with_the_dense_mask(answers, attention):
+    work = inputs([9, 20], answers=answers, attention=attention)
+    for ours, theirs in zip(with_gradient(attend, *work), with_gradient(attend_by_torch, *work), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["prefix", "causal"])
+def test_what_sees_what(attention):
+    """By changing one value at a time: a token sees another if what attention gives for it changes."""
+    length, answers = 9, (2, 3)
+    qkv, *rest = inputs([length], answers=[answers], attention=attention)
+    before = attend(qkv, *rest).detach()
+    for key in range(length):
+        changed = qkv.detach().clone()
+        changed[key, 2] += 1
+        seen = (attend(changed, *rest) != before).any(1).tolist()
+        for row in range(length):
+            prompt, same = row < 4 and key < 4, (row < 6) == (key < 6)
+            if prompt:
+                expected = attention == "prefix" or key <= row
+            else:
+                expected = row >= 4 and (key < 4 or (same and key <= row))
+            assert seen[row] == expected, (row, key)
+
+
+def test_answers_in_finite_differences():
+    for attention in ("prefix", "causal"):
+        shape = {"heads": 1, "head_dim": 4, "dtype": torch.float64, "answers": [(2,), (), (1, 2)]}
+        qkv, *rest = inputs([4, 3, 5], attention=attention, **shape)
+        assert torch.autograd.gradcheck(lambda x, rest=rest: attend(x, *rest), [qkv])
 
 
 def test_one_long_sequence_is_enough_for_torchs_own():

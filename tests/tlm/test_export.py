@@ -3,16 +3,27 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ModernBertDecoderForCausalLM,
+    pipeline,
+)
 
 from tasks.errors import InputError
 from tlm.batches import pack
+from tlm.cli import main
 from tlm.export import export, export_run
+from tlm.generate import generate
 from tlm.model import ModelShape, Transformer, save_model
-from tlm.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from tlm.tokenizer import SEP, load_tokenizer, save_tokenizer, train_tokenizer
+from tlm.zeroshot import open_run
 
 LABELS = ("sport", "trade & more", 'été: "x"')
 TEXTS = ["A short text.", "", "The [MASK] of Python's data model: `__init__` runs " + "again and again " * 40, "été"]
@@ -153,3 +164,32 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run, tmp_path, re
         export(tmp_path / "model", folder / "model" / "tokenizer.json", SUMMARY, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["model", "summary.json", "tokenizer.json"]
     assert load_tokenizer(other).get_vocab_size() == 300
+
+
+def test_a_causal_run_opens_as_a_decoder_with_the_same_logits(pretrained, tmp_path):
+    assert export_run(str(pretrained), str(tmp_path / "out")) == 0
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(theirs, ModernBertDecoderForCausalLM)
+    assert not any(loading.values()), loading
+    tokenizer, own = AutoTokenizer.from_pretrained(tmp_path / "out"), open_run(str(pretrained))
+    texts = ["What is it about?", "the film of the year, and the award. Is it even?"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    prompts = [own.reader.prompt(ids, 1, None) for ids in own.reader.encode(texts)]
+    assert [row[row != 0].tolist() for row in inputs["input_ids"]] == [prompt.tolist() for prompt in prompts]
+    batch = pack(prompts)
+    with torch.no_grad():
+        logits = theirs(**inputs).logits
+        flat = torch.cat([logits[i, -len(prompts[i]) :] for i in np.argsort(batch.lengths)])
+        torch.testing.assert_close(flat, own.model.mlm_logits(own.model(batch)), atol=1e-5, rtol=0)
+        said = theirs.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    ours, ended = generate(own.model, prompts[:1], 8)[0].tolist(), [*said[0, len(prompts[0]) :].tolist(), SEP]
+    assert ours == ended[: ended.index(SEP)]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert "3 tasks" in card.text
+
+
+def test_what_has_no_decoder_in_transformers_is_refused(general_run, tmp_path, capsys):
+    assert main(["export", str(general_run), f"out={tmp_path / 'out'}"]) == 2
+    assert "attention=causal" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
+from transformers import (
+    ModernBertConfig,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+)
 
 from tasks.errors import InputError
 from tlm.batches import IGNORE, pack
@@ -110,6 +116,69 @@ def test_logits_and_gradients_equal_transformers_on_a_padded_batch(pooling, acti
         if name.startswith("model."):
             twin_gradient = twin_gradient + dict(masked_twin.named_parameters())[name].grad
         torch.testing.assert_close(parameter.grad, twin_gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def decoder_twin(model):
+    """The same weights in transformers' decoder, whose queries, keys and values are three matrices."""
+    shape = model.shape
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    twin = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, hidden_activation=shape.activation,
+        norm_eps=shape.norm_eps, pad_token_id=shape.pad_id, layer_types=["full_attention"] * shape.layers,
+        rope_parameters={"full_attention": rope},
+    ))  # fmt: skip
+    weights = {k.replace("mlm_head.", "lm_head."): v for k, v in model.state_dict().items()}
+    weights["decoder.weight"] = weights["model.embeddings.tok_embeddings.weight"]
+    for name in [name for name in weights if "Wqkv" in name]:
+        for part, matrix in zip("qkv", weights.pop(name).chunk(3), strict=True):
+            weights[name.replace("Wqkv", f"{part}_proj")] = matrix
+    assert not twin.load_state_dict(weights, strict=False).missing_keys
+    return twin.eval()
+
+
+def test_next_token_losses_and_gradients_equal_transformers_decoder():
+    model = built(replace(SHAPE, attention="causal"))
+    twin, (sequences, _, _) = decoder_twin(model), example()
+    batch = pack(sequences, [np.append(s[1:], IGNORE) for s in sequences])
+    loss = model.mlm_loss_sum(model(batch)[batch.masked], batch.masked_tokens)
+    loss.backward()
+    tokens, mask = padded(sequences, SHAPE.pad_id)
+    wanted, _ = padded(sequences, IGNORE)
+    logits = twin(input_ids=tokens, attention_mask=mask).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-6)
+    theirs = dict(twin.named_parameters())
+    for name in ("mlm_head.dense.weight", "model.layers.1.mlp.Wi.weight", "model.embeddings.tok_embeddings.weight"):
+        ours = model.get_parameter(name).grad
+        torch.testing.assert_close(ours, theirs[name.replace("mlm_", "lm_")].grad, atol=2e-4, rtol=1e-4)
+    ours = model.get_parameter("model.layers.2.attn.Wqkv.weight").grad.chunk(3)
+    for part, gradient in zip("qkv", ours, strict=True):
+        twin_gradient = theirs[f"model.layers.2.attn.{part}_proj.weight"].grad
+        torch.testing.assert_close(gradient, twin_gradient, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["prefix", "causal"])
+def test_answers_side_by_side_are_what_each_is_alone(attention):
+    """The prompt's states are computed once for all of them."""
+    model, rng = built(replace(SHAPE, attention=attention)), np.random.default_rng(3)
+    prompt, answers = rng.integers(5, 97, 11), [rng.integers(5, 97, n) for n in (3, 1, 6)]
+    together = pack([np.concatenate([prompt, *answers])], answers=[(3, 1, 6)])
+    states = model(together)[len(prompt) :].split([3, 1, 6])
+    for answer, state in zip(answers, states, strict=True):
+        alone = pack([np.concatenate([prompt, answer])], answers=[(len(answer),)])
+        torch.testing.assert_close(model(alone)[len(prompt) :], state, atol=2e-5, rtol=1e-5)
+        assert alone.attended == len(prompt) ** 2 + len(answer) * (len(prompt) + len(answer))
+
+
+def test_a_prompt_is_read_both_ways_only_under_prefix():
+    sequence = np.array([7, 8, 9, 10])
+    changed = np.array([7, 8, 11, 10])
+    for attention, sees in (("prefix", True), ("causal", False), ("bidirectional", True)):
+        model = built(replace(SHAPE, attention=attention))
+        states = [model(pack([s], answers=[(1,)]))[0] for s in (sequence, changed)]
+        assert torch.equal(*states) != sees
 
 
 def test_a_sequence_does_not_see_its_neighbours():

@@ -30,6 +30,10 @@ class Masking:
     ordinary: int
     mask_id: int
     seed: int
+    task_rate: float | None = None  # of the task's texts, where it is another
+
+    def rate_of(self, source: str) -> float:
+        return self.rate if source != TASK or self.task_rate is None else self.task_rate
 
     def __call__(self, tokens: np.ndarray, source: str, position: int) -> tuple[np.ndarray, np.ndarray]:
         """One example, int[n], at `position` of its source's stream -> inputs and targets (or IGNORE), int64[n].
@@ -39,7 +43,7 @@ class Masking:
         n = np.arange(len(tokens))
         choose, replace, random = (uniforms(self.seed, f"{source}/{what}", position, n) for what in "abc")
         choose[tokens < self.ordinary] = 2.0
-        chosen = choose < max(self.rate, np.nextafter(choose.min(), 1.5))
+        chosen = choose < max(self.rate_of(source), np.nextafter(choose.min(), 1.5))
         inputs = tokens.astype(np.int64)
         targets = np.where(chosen, inputs, IGNORE)
         inputs[chosen & (replace < 0.8)] = self.mask_id

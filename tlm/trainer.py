@@ -153,14 +153,16 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     """Both stages at their first step; without a task the first alone."""
     task, external = prepared.source("train"), prepared.external
     seed, rho1 = 2 * config.seed, config.joint.external_per_task if external else 0
-    masking = Masking(config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed)
+    masking = Masking(
+        config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed, config.joint.task_mask_rate
+    )
     if prepared.task is NO_TASK:
         settings = replace(config.joint, eval_every=0)
         alone = Objective({EXTERNAL: external}, config.joint.mlm_weight, masking)
         return (Stage("joint", settings, alone, mixture("joint", settings, alone, seed, rho1, world)),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     joint = Objective(sources, config.joint.mlm_weight, masking if config.joint.mask_rate else None)
-    hiding = replace(masking, rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
+    hiding = replace(masking, task_rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
     finetune = Objective({TASK: task}, 0.0, None, hiding)
     return (
         Stage("joint", config.joint, joint, mixture("joint", config.joint, joint, seed, rho1, world)),
@@ -195,7 +197,7 @@ def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:
     """Of a step of the mean length; a ramp's mean batch is 5/8 of the full one."""
     mixture, flops = stage.mixture, 0.0
     for name, source in stage.objective.sources.items():
-        rate = stage.objective.masking.rate if stage.objective.masked(name) else 0.0
+        rate = stage.objective.masking.rate_of(name) if stage.objective.masked(name) else 0.0
         of_all = 3 * forward_flops(shape, source.lengths, rate * source.lengths.sum(), (name == TASK) * len(source))
         share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle if TASK in mixture.sizes else 1
         flops += share * mixture.batch[name] * of_all / len(source)

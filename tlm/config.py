@@ -132,7 +132,8 @@ class JointConfig(StageConfig):
     )
     task_passes: float = key(4.0, "times that the joint stage reads the task's texts; its other steps are external")
     mlm_weight: float = key(2.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
-    mask_rate: float = key(0.3, "share of tokens that are masked (80/10/10)")
+    mask_rate: float = key(0.3, "share of external tokens that are masked (80/10/10)")
+    task_mask_rate: float = key(0.15, "the same of the task's texts, which are to be classified as well")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
     keep_at: list[int] = field(
         default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
@@ -667,7 +668,8 @@ def validate(config: Any) -> Any:
         if flat.get(name, most) > most:
             raise InputError(f"{name}={flat[name]}: must be at most {most}")
     shares = [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("warmup", "batch_ramp", "average_share")]
-    rates = ("joint.mask_rate", "finetune.mask_rate", "model.dropout", "finetune.dropout", "finetune.share")
+    rates = ("joint.mask_rate", "joint.task_mask_rate", "finetune.mask_rate", "finetune.share")
+    rates = (*rates, "model.dropout", "finetune.dropout")
     for name in (*rates, *shares):
         if name in flat and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")

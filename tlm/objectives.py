@@ -31,6 +31,10 @@ class Masking:
     ordinary: int
     mask_id: int
     seed: int
+    task_rate: float | None = None  # of the task's texts, where it is another
+
+    def rate_of(self, source: str) -> float:
+        return self.rate if source != TASK or self.task_rate is None else self.task_rate
 
     def __call__(self, tokens: np.ndarray, source: str, position: int) -> tuple[np.ndarray, np.ndarray]:
         """One example, int[n], at `position` of its source's stream -> inputs and targets (or IGNORE), int64[n].
@@ -40,7 +44,7 @@ class Masking:
         n = np.arange(len(tokens))
         choose, replace, random = (uniforms(self.seed, f"{source}/{what}", position, n) for what in "abc")
         choose[tokens < self.ordinary] = 2.0
-        chosen = choose < max(self.rate, np.nextafter(choose.min(), 1.5))
+        chosen = choose < max(self.rate_of(source), np.nextafter(choose.min(), 1.5))
         inputs = tokens.astype(np.int64)
         targets = np.where(chosen, inputs, IGNORE)
         inputs[chosen & (replace < 0.8)] = self.mask_id
@@ -114,12 +118,12 @@ class Objective:
 
     @property
     def rate(self) -> float:
-        """Share of the tokens that a language-model head is to predict."""
-        return self.masking.rate if self.masking else 0.0
+        """Largest share of a text's tokens that a language-model head is to predict."""
+        return max(map(self.masking.rate_of, self.sources)) if self.masking else 0.0
 
     def flops(self, source: str, shape: ModelShape) -> float:
         """Of forward and backward of all its examples."""
-        examples, rate = self.sources[source], self.rate if self.masked(source) else 0.0
+        examples, rate = self.sources[source], self.masking.rate_of(source) if self.masked(source) else 0.0
         masked, classified = rate * examples.lengths.sum(), (source == TASK) * len(examples)
         return 3 * forward_flops(shape, examples.lengths, masked, classified)
 

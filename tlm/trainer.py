@@ -175,7 +175,8 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     """Both stages at their first step; without a task the first alone."""
     task, external = prepared.source("train"), prepared.external
     seed, rho1 = 2 * config.seed, config.joint.external_per_task if external else 0
-    masking = Masking(config.joint.mask_rate, prepared.vocabulary, len(SPECIALS), MASK, seed)
+    rates = config.joint.mask_rate, config.joint.task_mask_rate
+    masking = Masking(rates[0], prepared.vocabulary, len(SPECIALS), MASK, seed, task_rate=rates[1])
 
     def score(model: Transformer, world: World) -> dict:
         dev = prepared.source("dev")
@@ -192,7 +193,7 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     masked = masking if config.joint.mask_rate else None
     joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared))
-    hiding = replace(masking, rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
+    hiding = replace(masking, task_rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
     finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared))
     return (
         stage("joint", config.joint, joint, seed, rho1),

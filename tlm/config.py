@@ -117,7 +117,7 @@ class StageConfig:
     weight_decay: float = key(0.01, "decoupled weight decay of the matrices")
     clip: float = key(1.0, "gradient norm is clipped to this")
     eval_every: int = key(200, "steps between scores on dev (0: never)")
-    embedding_share: float = key(0.5, "learning rate of the token embeddings, as a share of lr")
+    embedding_share: float = key(0.3, "learning rate of the token embeddings, as a share of lr")
     balance: float | None = key(
         None, "logit adjustment: 0 learns the labels' shares, 1 as if all were as frequent (absent: 0.5 for macro_f1)"
     )
@@ -131,7 +131,7 @@ class JointConfig(StageConfig):
         None, "external micro-batches for each task micro-batch (the paper's rho1; absent: by task_passes, at least 1)"
     )
     task_passes: float = key(4.0, "times that the joint stage reads the task's texts; its other steps are external")
-    mlm_weight: float = key(2.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
+    mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.3, "share of external tokens that are masked (80/10/10)")
     task_mask_rate: float = key(0.15, "the same of the task's texts, which are to be classified as well")
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")

@@ -103,9 +103,9 @@ class Rates:
     @property
     def numbers(self) -> torch.Tensor:
         """float32, as the kernel and the twin read them: both moments' shares of the old and the new, what is kept of a
-        weight, the rate with the first moment's bias in it, the root of the second's, eps."""
+        weight, the rate with the first moment's bias in it, one over the root of the second's, eps."""
         (beta1, beta2), lr = self.betas, self.lr
-        rate, root = lr / (1 - beta1**self.step), math.sqrt(1 - beta2**self.step)
+        rate, root = lr / (1 - beta1**self.step), 1 / math.sqrt(1 - beta2**self.step)
         return torch.tensor([beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * self.weight_decay, rate, root, self.eps])
 
 
@@ -147,7 +147,8 @@ def step_by_torch(p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Te
     weights, g = p.view(-1), grad.view(-1)
     m = dequantised(state["exp_avg"].view(-1), state["exp_avg_scales"], True) * beta1 + g * rest1
     v = dequantised(state["exp_avg_sq"].view(-1), state["exp_avg_sq_scales"], False) * beta2 + g * g * rest2
-    weights.copy_(weights * keep - m / (v.sqrt() / root + eps) * rate)
+    roots = v.double().sqrt().float()  # in float32 torch may take MKL's root, which is not the nearest number
+    weights.copy_(weights * keep - m / (roots * root + eps) * rate)
     for name, moment, signed in (("exp_avg", m, True), ("exp_avg_sq", v, False)):
         codes, scales = quantised(moment, signed)
         state[name].view(-1).copy_(codes)

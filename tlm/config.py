@@ -233,18 +233,29 @@ class DemoConfig:
 class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
+    precision: str | None = key(
+        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+    )
     data: DataConfig = group(DataConfig)
 
 
 @dataclass
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
+    precision: str | None = key(
+        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+    )
     threads: int = key(0, "CPU threads (0: all cores)")
 
 
 @dataclass
 class ExportConfig:
     out: str = key("", "folder to write; it must not exist yet")
+    quant: str | None = key(
+        None,
+        "int8 or nf4 (for transformers with bitsandbytes), onnx-int8 (for ONNX Runtime), or packed (for tlm predict: 8 "
+        "bits a weight, or the 2 and 1 of ternary and binary)",
+    )
 
 
 @dataclass
@@ -513,6 +524,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", *RECIPES),
     "spike": ("rewind", "skip", "stop", "log"),
+    "quant": ("int8", "nf4", "onnx-int8", "packed"),
     "boards": ("tensorboard", "wandb", "mlflow"),
     "leaks": ("refuse", "drop"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),

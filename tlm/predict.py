@@ -27,8 +27,8 @@ class Predictor:
     probabilities: "callable"
 
 
-def open_run(folder: str | Path, threads: int = 0) -> Predictor:
-    """A finished run's model. Raises InputError if there is none, or it is damaged."""
+def open_run(folder: str | Path, threads: int = 0, precision: str | None = None) -> Predictor:
+    """A finished run's model, or a packed one. Raises InputError if there is none, or it is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; name the folder of a finished run, such as runs/NAME")
@@ -42,10 +42,10 @@ def open_run(folder: str | Path, threads: int = 0) -> Predictor:
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
     if summary["arm"] == "pretraining":
         raise InputError(f"{folder}: knows no labels, it was made to start from (init_from={folder}/model)")
-    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads))
+    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads, precision))
 
 
-def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
+def neural(folder: Path, tokenizer_sha256: str | None, threads: int, precision: str | None):
     import torch
 
     from tlm.evaluate import probabilities
@@ -56,7 +56,12 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
     from tlm.tokens import heads
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    model = load_model(folder)
+    if precision or (folder / "packed.safetensors").exists():
+        from tlm.lowbit.inference import open_packed
+
+        model = open_packed(folder, precision)
+    else:
+        model = load_model(folder)
     tokenizer = own_tokenizer(folder / "tokenizer.json", model.shape.vocabulary, tokenizer_sha256)
 
     def of_texts(texts: list[str]) -> np.ndarray:
@@ -68,7 +73,7 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int):
 
 def predict_file(run: str, file: str, config: PredictConfig) -> int:
     """A JSON line for each text of `file` (or a line each of standard input): label and probabilities."""
-    predictor = open_run(run, config.threads)
+    predictor = open_run(run, config.threads, config.precision)
     texts = standard_input() if file == "-" else texts_of(file, config.text_column)
     while batch := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
         rows = predictor.probabilities([text for _, text in batch])
@@ -103,7 +108,7 @@ def evaluate_runs(names: list[str], config: EvalConfig) -> int:
     from tlm.prepare import open_task
 
     for name in names:
-        predictor = open_run(name)
+        predictor = open_run(name, precision=config.precision)
         trained = configs.load(TrainConfig, [str(predictor.folder / "config.yaml")])
         task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
         if task.labels != predictor.labels:

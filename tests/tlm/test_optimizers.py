@@ -102,7 +102,8 @@ def test_muon_is_torchs_over_50_steps(shape, their_precision, apart, monkeypatch
 
 
 def test_adamw8bit_is_near_bitsandbytes_and_torchs_adamw_over_50_steps():
-    """bitsandbytes rounds its sums at other places, so that now and then a moment gets the neighbouring level."""
+    """bitsandbytes' CPU version does not always choose the nearest level (3% of second moments get another), ours does
+    (test_kernels.py); what that leaves between them is small beside what 8 bits leave to 32."""
     net, ours, optimizer = built("adamw8bit")
     theirs, exact, start = (list(model().parameters()) for _ in range(3))
     decayed = {name for name, p in net.named_parameters() if p.ndim == 2 and "tok_embeddings" not in name}
@@ -114,7 +115,7 @@ def test_adamw8bit_is_near_bitsandbytes_and_torchs_adamw_over_50_steps():
         ]
         run(kind(groups, lr=0.01, betas=BETAS), parameters, 50)
     run(optimizer, ours, 50)
-    assert distance(ours, theirs, start) < 1e-3
+    assert distance(ours, theirs, start) < distance(ours, exact, start) / 2
     assert 1e-4 < distance(ours, exact, start) < 0.05
 
 

@@ -90,9 +90,9 @@ def take_odd(model: nn.Module) -> Counter[str]:
     """What `Linear.odd` has counted, over all modules, since it was last taken."""
     total: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, Linear):
-            total += module.odd
-            module.odd.clear()
+        if odd := getattr(module, "odd", None):
+            total += odd
+            odd.clear()
     return total
 
 

@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits, 2.03 bytes a parameter (Dettmers et al. 2022, arXiv 2110.02861), in one pass over memory.
+"""AdamW with moments of 8 bits, 2.03 bytes a parameter (Dettmers et al. 2022, arXiv 2110.02861), in one pass.
 
 Levels, blocks and order of work are those of bitsandbytes' AdamW8bit, whose CPU version takes ten passes in torch. The
 kernel is adamw8bit.cpp; `step_by_torch` is its slow twin and gives the same bits.
@@ -21,8 +21,8 @@ DECADES = 7
 @dataclass(frozen=True)
 class Levels:
     """float32 tables. `least`: [8], from where on a number belongs to a decade (the last is the level 1);
-    `slope`, `start`, `first`, `last`: a number's place among all levels, counted from zero up; `values`: the levels from
-    zero up, made of `value_slope` and `value_start` as the kernel makes them."""
+    `slope`, `start`, `first`, `last`: a number's place among all levels, counted from zero up; `values`: the levels
+    from zero up, made of `value_slope` and `value_start` as the kernel makes them."""
 
     least: torch.Tensor
     slope: torch.Tensor
@@ -35,7 +35,9 @@ class Levels:
 
     @property
     def table(self) -> torch.Tensor:
-        return torch.cat([self.least, self.slope, self.start, self.first, self.last, self.value_slope, self.value_start])
+        return torch.cat(
+            [self.least, self.slope, self.start, self.first, self.last, self.value_slope, self.value_start]
+        )
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """int64, of numbers in [0, 1]: which level, from zero up."""
@@ -80,7 +82,7 @@ def quantised(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor
     if signed:
         codes = torch.where(shares.signbit(), 127 - number.clamp(max=127), 127 + number)
     else:
-        codes = (number.clamp(min=1) - 1)
+        codes = number.clamp(min=1) - 1
     return codes.to(torch.uint8).flatten()[: len(x)], scales
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("linear.cpp", "adamw8bit.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("linear.cpp", "adamw8bit.cpp")]
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
@@ -47,6 +47,8 @@ def find(instructions: str | None = None) -> ctypes.CDLL | NoKernels:
     try:
         return load(instructions, FOLDER.expanduser())
     except NoKernels as reason:
+        if instructions is None and os.environ.get("TLM_KERNELS") != "off":
+            print(f"tlm: no CPU kernels ({reason}); torch computes the same numbers, more slowly", file=sys.stderr)
         return reason
 
 
@@ -57,7 +59,7 @@ def kernels(instructions: str | None = None) -> ctypes.CDLL | None:
 
 
 def load(instructions: str | None, folder: Path) -> ctypes.CDLL:
-    """Compiles into `folder` what is not there yet. Processes that want it at once wait for the first. Raises NoKernels."""
+    """Compiles into `folder` what is not there yet. Processes that want it at once wait for one of them."""
     if os.environ.get("TLM_KERNELS") == "off":
         raise NoKernels("TLM_KERNELS=off")
     available = instruction_sets()
@@ -69,11 +71,10 @@ def load(instructions: str | None, folder: Path) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
     if compiler is None:
         raise NoKernels("there is no C++ compiler (g++)")
-    sources = [Path(__file__).with_name(source) for source in SOURCES]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     flags = (*FLAGS, *INSTRUCTION_SETS[name][0])
     known = hashlib.sha256("\0".join([version, *flags]).encode())
-    for source in sources:
+    for source in SOURCES:
         known.update(source.read_bytes())
     library = folder / f"{known.hexdigest()[:24]}.so"
     try:
@@ -82,7 +83,7 @@ def load(instructions: str | None, folder: Path) -> ctypes.CDLL:
             with open(folder / f"{library.stem}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, however this process ends
                 if not library.exists():
-                    compile_to(library, [compiler, *flags, *map(str, sources)], name)
+                    compile_to(library, [compiler, *flags, *map(str, SOURCES)], name)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NoKernels(f"{library}: {error}") from None

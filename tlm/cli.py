@@ -69,7 +69,7 @@ def predict(config: configs.PredictConfig, names: list[str]) -> int:
 def export(config: configs.ExportConfig, names: list[str]) -> int:
     from tlm.export import export_run
 
-    return export_run(names[0], config.out)
+    return export_run(names[0], config.out, config.quant)
 
 
 def report(config: configs.ReportConfig, names: list[str]) -> int:
@@ -90,6 +90,12 @@ def bench(config: configs.BenchConfig, names: list[str]) -> int:
 
 def bench_recipe(config: configs.RecipeConfig, names: list[str]) -> int:
     from tlm.benches.recipe import bench
+
+    return bench(config)
+
+
+def bench_kernels(config: configs.KernelsConfig, names: list[str]) -> int:
+    from tlm.benches.kernels import bench
 
     return bench(config)
 
@@ -139,6 +145,7 @@ VERBS = {
     ),
     "bench": Verb("measure speed and memory beside the rivals'", "train", configs.BenchConfig, bench),
     "bench recipe": Verb("a recipe over the yardstick's tasks at equal FLOPs", "", configs.RecipeConfig, bench_recipe),
+    "bench kernels": Verb("the CPU kernels beside their rivals", "", configs.KernelsConfig, bench_kernels),
     "pool build": Verb(
         "a pool of published tasks out of the packages bigbench and evals", "", configs.PoolBuildConfig, pool_build
     ),

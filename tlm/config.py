@@ -317,6 +317,30 @@ class BenchConfig:
 
 
 @dataclass
+class KernelsConfig:
+    out: str | None = key(None, "JSON file for all figures, written anew after each case")
+    cases: list[str] = field(
+        default_factory=lambda: ["linear", "model", "adamw"],
+        metadata={"help": "linear (one product), model (texts through a classifier), adamw (a step)"},
+    )
+    rows: list[int] = field(default_factory=lambda: [1, 32, 2048], metadata={"help": "linear: rows of the product"})
+    hidden: list[int] = field(
+        default_factory=lambda: [32, 128, 256, 768],
+        metadata={"help": "linear: widths of a model: inputs of a product, which has three times as many outputs"},
+    )
+    size: str = key("small", "model: tiny, small, base or large")
+    batch: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "model: texts a call"})
+    length: int = key(128, "model: tokens a text")
+    vocabulary: int = key(8192, "model: number of word pieces")
+    parameters: list[int] = field(
+        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions; up to 28 bytes each, a process a rival"}
+    )
+    seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
+    seed: int = key(0, "seed of everything random")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
 class RecipeConfig:
     name: str = key("", "name of the recipe; another recipe, or other code, needs another name")
     recipe: list[str] = field(
@@ -517,6 +541,7 @@ CHOICES = {
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
     "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
+    "size": tuple(SIZES),
     "model.pooling": ("mean", "cls"),
     "init.method": ("cooccurrence", "random"),
     "init.source": ("corpus", "selection"),
@@ -546,7 +571,7 @@ AT_LEAST = {
     "finetune.patience": 0, "threads": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1, "queries": 1, "tries": 1,
     "checkpoints": 1, "pretraining": 0.01, "examples": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
-    "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
+    "layers": 1, "length": 8, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
 }  # fmt: skip
 
 

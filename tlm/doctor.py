@@ -113,7 +113,8 @@ EXTRAS = {
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
-    "lowbit": "for optimizer=adamw8bit on a GPU and quant=int8 and nf4 of tlm export",
+    "lowbit": "for optimizer=adamw8bit on a GPU, and quant=int8 and nf4 of tlm export",
+    "onnx": "for quant=onnx-int8 of tlm export",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",
 }

@@ -6,18 +6,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tasks.errors import InputError
 from tlm.attention import angles
-from tlm.batches import IGNORE  # noqa: F401
 from tlm.model import Transformer
 
 NAMES = ("input_ids", "attention_mask")
 
 
 class Padded(nn.Module):
-    """int64 [N, L] tokens and mask -> logits [N, C]: what `Transformer` computes of packed texts, by the same modules."""
+    """int64 [N, L] tokens and mask -> logits [N, C]: what `Transformer` computes of packed texts, by its modules."""
 
     def __init__(self, model: Transformer):
         super().__init__()
@@ -66,3 +64,20 @@ def write(model: Transformer, path: Path) -> None:
             Padded(model), (example, example), str(path), input_names=list(NAMES), output_names=["logits"],
             dynamic_axes=axes, opset_version=17, dynamo=False,
         )  # fmt: skip
+
+
+def to_int8(path: Path) -> None:
+    """The layers' products in int8, by ONNX Runtime's dynamic quantisation, in place: weights with a scale for each
+    output, inputs with one for all. Raises InputError where it is missing."""
+    try:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError:
+        raise InputError("quant=onnx-int8: onnxruntime is missing; pip install 'tlm[onnx]'") from None
+    graph = onnx.load(path)
+    heads = [node.name for node in graph.graph.node if node.name.startswith(("/head/", "/classifier/"))]
+    logging.getLogger().setLevel(logging.ERROR)  # advises a preparation that would change nothing here
+    quantize_dynamic(
+        graph, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True,
+        nodes_to_exclude=heads,
+    )  # fmt: skip

@@ -158,7 +158,7 @@ def cut(kind: str, shape: tuple[int, int]) -> dict[str, int]:
 
 
 def build_optimizer(model: nn.Module, optimizer: str, weight_decay: float) -> torch.optim.Optimizer:
-    """muon, adamw or adamw8bit over all parameters of `model`. Raises InputError if what a GPU needs is not installed."""
+    """muon, adamw or adamw8bit over all parameters of `model`. Raises InputError if a GPU's bitsandbytes is missing."""
     groups = parameter_groups(model, optimizer, weight_decay)
     if optimizer != "adamw8bit":
         return Muon(groups)
@@ -196,7 +196,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 eight_bits.step(p, p.grad, state, rates)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # makes numbers of the parameter's type of all it finds: bytes fit into them
+        super().load_state_dict(state_dict)  # turns all it finds into the parameters' type, bytes too
         for state in self.state.values():
             if "exp_avg_scales" in state:
                 state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].byte(), state["exp_avg_sq"].byte()

@@ -1,6 +1,6 @@
 """What `tlm bench NAME` measures: a module each, whose `bench(config)` returns the exit status.
 
-`tlm bench recipe` has keys of its own and is a verb of two words.
+`tlm bench recipe` and `tlm bench kernels` have keys of their own and are verbs of two words.
 """
 
 BENCHES = {

@@ -1,4 +1,4 @@
-"""A trained model as inference on a CPU reads it: the layers' matrices packed for the kernels, in memory or in a file."""
+"""A trained model as inference on a CPU reads it: the layers' matrices packed for the kernels, also as a file."""
 
 import hashlib
 import json
@@ -36,11 +36,15 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
+def own_precision(shape: ModelShape) -> str:
+    """What a trained model can be packed as."""
+    return shape.recipe if shape.recipe and RECIPES[shape.recipe].in_the_weights else "int8"
+
+
 def pack_model(model: Transformer, precision: str) -> Conversion:
-    """Pack the layers' matrices in place, for inference alone; what is in the weights follows `precision`: int8 for what
-    was trained in 8 bits and more, ternary and binary for what was trained so. Raises InputError for anything else."""
-    recipe = model.shape.recipe
-    own = recipe if recipe and RECIPES[recipe].in_the_weights else "int8"
+    """Pack the layers' matrices in place, for inference alone: as int8 what was trained in 8 bits and more, as ternary
+    and binary what was trained so. Raises InputError for anything else."""
+    recipe, own = model.shape.recipe, own_precision(model.shape)
     if precision not in BITS:
         raise InputError(f"precision={precision}: has no kernel for inference on a CPU; use one of {', '.join(BITS)}")
     if precision != own:

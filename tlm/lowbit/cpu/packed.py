@@ -7,7 +7,7 @@ bit, and what follows them too, but for the activation (within 1e-6).
 
 import ctypes
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -23,8 +23,8 @@ ROWS = Cast(INT8, ROW)
 
 @dataclass(frozen=True)
 class Packed:
-    """panels: uint8 [halves * O / 16, K / step, 16, 4], where a byte holds the codes of 8 / bits inputs that are 4 apart
-    (step: 4 * 8 / bits); scales: float32 [halves * panels' outputs]; bias likewise or None.
+    """panels: uint8 [halves * O / 16, K / step, 16, 4], where a byte holds the codes of 8 / bits inputs that are 4
+    apart (step: 4 * 8 / bits); scales: float32 [halves * panels' outputs]; bias likewise or None.
 
     Two halves are value and gate of a gated MLP, each filled up to whole panels.
     """

@@ -8,6 +8,7 @@ machine does counts as little as it can; with threads=1 it is what an idle core 
 import importlib.util
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,12 @@ def by_torch(w: torch.Tensor) -> Callable:
 def by_torch_int8(w: torch.Tensor) -> Callable:
     plain = nn.Sequential(nn.Linear(w.shape[1], w.shape[0], bias=False))
     plain[0].weight = nn.Parameter(w.clone(), requires_grad=False)
-    return torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
+    return dynamic_int8(plain)
+
+
+def dynamic_int8(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):  # of its deprecation
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
 
 
 def by_kernel(w: torch.Tensor, precision: str, instructions: str | None = None) -> Callable:
@@ -143,8 +149,8 @@ def packed(config: KernelsConfig, precision: str) -> Transformer:
     return model
 
 
-def dynamic(config: KernelsConfig) -> Transformer:
-    return torch.ao.quantization.quantize_dynamic(start_model(config), {nn.Linear})
+def dynamic(config: KernelsConfig) -> nn.Module:
+    return dynamic_int8(start_model(config))
 
 
 def by_onnx(config: KernelsConfig, int8: bool) -> Iterator:
@@ -190,7 +196,7 @@ def steps(config: KernelsConfig, kind: Callable[[], Callable]) -> Iterator:
     """One step a call, of parameters whose gradients stay the same."""
 
     def ready():
-        make, calls = kind(), {}
+        calls = {}
         for millions in config.parameters:
             parameters = [nn.Parameter(torch.randn(PARAMETER)) for _ in range(millions)]
             for p in parameters:
@@ -198,17 +204,17 @@ def steps(config: KernelsConfig, kind: Callable[[], Callable]) -> Iterator:
             calls[f"{millions}M"] = make(parameters)
         return calls
 
-    def once(optimizer) -> dict:
+    def once(optimizer) -> float:
         start = time.process_time()
         optimizer.step()
         return time.process_time() - start
 
+    make = kind()
     yield
-    with torch.inference_mode(False):
-        calls = ready()
-        while True:
-            spent = {name: once(optimizer) for name, optimizer in calls.items()}
-            yield spent | {f"{name} state": state_bytes(optimizer) for name, optimizer in calls.items()}
+    calls = ready()
+    while True:
+        spent = {name: once(optimizer) for name, optimizer in calls.items()}
+        yield spent | {f"{name} state": state_bytes(optimizer) for name, optimizer in calls.items()}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> float:

@@ -162,9 +162,9 @@ def disk(runs: Path) -> Check:
 def compiler() -> Check:
     found = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if found:
-        return Check("machine", "C++ compiler", "ok", f"{found}: DeepSpeed can build its faster CPU parts, if asked to")
-    value = "DeepSpeed goes on without what it would build (all-reduce in shared memory, CPUAdam)"
-    return Check("machine", "C++ compiler", "absent", value, "for several processes on one machine: apt install g++")
+        return Check("machine", "C++ compiler", "ok", f"{found}: builds the CPU kernels, and what DeepSpeed asks for")
+    value = "torch computes what the CPU kernels would, more slowly; DeepSpeed goes on without its own"
+    return Check("machine", "C++ compiler", "absent", value, "for optimizer=adamw8bit and int8 inference: apt install g++")
 
 
 # --- speed, devices, precisions -------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def to_int8(path: Path) -> None:
         raise InputError("quant=onnx-int8: onnxruntime is missing; pip install 'tlm[onnx]'") from None
     graph = onnx.load(path)
     heads = [node.name for node in graph.graph.node if node.name.startswith(("/head/", "/classifier/"))]
+    heads += [f"{name}_MatMul" for name in heads]  # what a product with a bias is turned into first
     logging.getLogger().setLevel(logging.ERROR)  # advises a preparation that would change nothing here
     quantize_dynamic(
         graph, path, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True,

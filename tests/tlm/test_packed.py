@@ -157,7 +157,7 @@ def run(tmp_path_factory, real_text):
     save_model(model, folder / "model", LABELS)
     save_tokenizer(tokenizer, folder / "model" / "tokenizer.json")
     (folder / "summary.json").write_text(json.dumps(SUMMARY | {"labels": list(LABELS)}))
-    (folder / "texts.txt").write_text("\n".join(real_text[:20]) + "\n")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in real_text[:20]))
     return folder
 
 
@@ -169,16 +169,16 @@ def predictions(folder, file, capsys, *keys):
 
 
 def test_predict_by_the_kernels_and_of_a_packed_export(run, tmp_path, capsys):
-    plain = predictions(run, run / "texts.txt", capsys)
-    int8 = predictions(run, run / "texts.txt", capsys, "precision=int8")
+    plain = predictions(run, run / "texts.jsonl", capsys)
+    int8 = predictions(run, run / "texts.jsonl", capsys, "precision=int8")
     assert len(plain) == 20
     assert 0 < abs(int8 - plain).max() < 0.05
     assert main(["export", str(run), f"out={tmp_path / 'small'}", "quant=packed"]) == 0
     assert "int8, packed: 8 matrices converted; " in capsys.readouterr().out
-    assert np.array_equal(predictions(tmp_path / "small", run / "texts.txt", capsys), int8)
-    assert main(["predict", str(tmp_path / "small"), str(run / "texts.txt"), "precision=binary"]) == 2
+    assert np.array_equal(predictions(tmp_path / "small", run / "texts.jsonl", capsys), int8)
+    assert main(["predict", str(tmp_path / "small"), str(run / "texts.jsonl"), "precision=binary"]) == 2
     assert "packed.safetensors holds 8 bits a weight; leave the key out" in capsys.readouterr().err
-    assert main(["predict", str(run), str(run / "texts.txt"), "precision=ternary"]) == 2
+    assert main(["predict", str(run), str(run / "texts.jsonl"), "precision=ternary"]) == 2
     assert "precision=ternary: the model was trained in fp32" in capsys.readouterr().err
 
 

@@ -164,7 +164,7 @@ def compiler() -> Check:
     if found:
         return Check("machine", "C++ compiler", "ok", f"{found}: builds the CPU kernels, and what DeepSpeed asks for")
     value = "torch computes what the CPU kernels would, more slowly; DeepSpeed goes on without its own"
-    return Check("machine", "C++ compiler", "absent", value, "for optimizer=adamw8bit and int8 inference: apt install g++")
+    return Check("machine", "C++ compiler", "absent", value, "for the CPU kernels: apt install g++")
 
 
 # --- speed, devices, precisions -------------------------------------------------------------------------------------

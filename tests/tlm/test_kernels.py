@@ -245,7 +245,7 @@ def test_processes_that_want_it_at_once_compile_it_once(tmp_path, compiler):
     (tmp_path / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
     code = (
         "import sys; from pathlib import Path; from tlm.lowbit.cpu import build; "
-        f"build.SOURCES = (Path({str(tmp_path / 'small.cpp')!r}),); "
+        f"build.ARGUMENTS = dict(); build.SOURCES = (Path({str(tmp_path / 'small.cpp')!r}),); "
         "sys.exit(build.load(None, Path(sys.argv[1])).answer() != 42)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "kernels")]

@@ -235,3 +235,10 @@ def test_what_is_missing_is_one_sentence_and_leaves_nothing(quant, module, run, 
 def test_the_modules_that_hold_weights_are_those_of_the_file(saved):
     model = load_packed(saved[0])
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 8
+
+
+def test_small_products_stay_as_they_are():
+    model = model_of(hidden=32, intermediate=48)
+    conversion = pack_model(model, "int8")
+    assert not conversion.converted
+    assert list(conversion.left.values()).count("fewer than 4,096 weights save no time") == 8

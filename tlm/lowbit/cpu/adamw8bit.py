@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from tlm.lowbit.cpu.build import kernels
-from tlm.lowbit.cpu.packed import pointer, size
 
 BLOCK = 256
 SMALLEST = 4096  # numbers; parameters below keep 32 bits, as in bitsandbytes: biases and norms weigh nothing
@@ -131,9 +130,9 @@ def step_by_kernel(
     p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], rates: Rates, instructions: str | None = None
 ) -> None:
     numbers, tables = rates.numbers, both_tables()
-    names = ("exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales")
+    held = [state[name] for name in ("exp_avg", "exp_avg_sq", "exp_avg_scales", "exp_avg_sq_scales")]
     kernels(instructions).tlm_adamw8bit(
-        *map(pointer, (p, grad, *(state[name] for name in names))), size(p.numel()), pointer(numbers), pointer(tables),
+        *(t.data_ptr() for t in (p, grad, *held)), p.numel(), numbers.data_ptr(), tables.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
 

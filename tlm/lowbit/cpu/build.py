@@ -28,6 +28,9 @@ INSTRUCTION_SETS = {
     ),
     "avx2": (AVX2, ("avx2", "fma3")),
 }
+# What the functions take: an int, a long or a pointer each.
+KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "p": ctypes.c_void_p}
+ARGUMENTS = {"tlm_linear": "iplllppplippppip", "tlm_adamw8bit": "pppppplppi"}
 FOLDER = Path("~/.cache/tlm/kernels")
 
 
@@ -84,9 +87,12 @@ def load(instructions: str | None, folder: Path) -> ctypes.CDLL:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, however this process ends
                 if not library.exists():
                     compile_to(library, [compiler, *flags, *map(str, SOURCES)], name)
-        return ctypes.CDLL(str(library))
+        opened = ctypes.CDLL(str(library))
     except OSError as error:
         raise NoKernels(f"{library}: {error}") from None
+    for function, arguments in ARGUMENTS.items():
+        getattr(opened, function).argtypes, getattr(opened, function).restype = [KINDS[a] for a in arguments], None
+    return opened
 
 
 def compile_to(library: Path, command: list[str], name: str) -> None:

@@ -94,16 +94,16 @@ def linear(
     assert (activation == "geglu") == (packed.halves == 2), activation
     x, rows, padded = x.contiguous(), len(x), packed.panels.shape[1] * step(packed.bits)
     out = torch.empty(rows, packed.outputs)
-    values, scales = torch.empty(rows, padded, dtype=torch.int8), torch.empty(rows)
-    sums, found = torch.empty(rows, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    room = torch.empty(rows * (padded + 8), dtype=torch.uint8)  # one for all, as a small product takes microseconds
+    found = (ctypes.c_int64 * 2)()
+    scales = room.data_ptr() + rows * padded  # padded is a multiple of 4
     library.tlm_linear(
-        packed.bits, *map(pointer, (x,)), size(rows), size(packed.inputs), size(padded),
-        *map(pointer, (packed.panels, packed.scales, packed.bias)), size(packed.outputs),
-        ACTIVATIONS.index(activation), *map(pointer, (out, values, scales, sums)), torch.get_num_threads(),
-        pointer(found),
+        packed.bits, x.data_ptr(), rows, packed.inputs, padded, packed.panels.data_ptr(), packed.scales.data_ptr(),
+        None if packed.bias is None else packed.bias.data_ptr(), packed.outputs, ACTIVATIONS.index(activation),
+        out.data_ptr(), room.data_ptr(), scales, scales + 4 * rows, torch.get_num_threads(), found,
     )  # fmt: skip
-    if odd is not None:
-        count(odd, *found.tolist())
+    if odd is not None and any(found):
+        count(odd, *found)
     return out
 
 
@@ -132,10 +132,3 @@ def count(odd: Counter, zeros: int, broken: int) -> None:
         odd["input zero blocks"] += zeros
     if broken:
         odd["input blocks with NaN or infinity"] += broken
-
-
-size = ctypes.c_long
-
-
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

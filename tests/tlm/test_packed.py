@@ -241,4 +241,5 @@ def test_small_products_stay_as_they_are():
     model = model_of(hidden=32, intermediate=48)
     conversion = pack_model(model, "int8")
     assert not conversion.converted
-    assert list(conversion.left.values()).count("fewer than 4,096 weights save no time") == 8
+    small = [n for n, reason in conversion.left.items() if reason == "fewer than 4,096 weights save no time"]
+    assert len([name for name in small if ".layers." in name]) == 8

@@ -131,7 +131,10 @@ void block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_scale, flo
         __m512i code = _mm512_add_epi32(zero, number);
         code = _mm512_mask_sub_epi32(code, _mm512_test_epi32_mask(first, sign), zero, _mm512_min_epi32(number, zero));
         _mm_storeu_si128((__m128i*)(m + i), _mm512_cvtepi32_epi8(code));
-        const __m512i of_v = without.nearest(_mm512_mul_ps(_mm512_load_ps(vs + i), v_share));
+        const __m512 second = _mm512_load_ps(vs + i);
+        const __mmask16 some = _mm512_cmp_ps_mask(second, _mm512_setzero_ps(), _CMP_GT_OQ);
+        __m512i of_v = without.nearest(_mm512_mul_ps(second, v_share));
+        of_v = _mm512_mask_max_epi32(of_v, some, of_v, _mm512_set1_epi32(2));  // never to zero
         _mm_storeu_si128((__m128i*)(v + i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(of_v, unit)));
     }
 }
@@ -227,7 +230,10 @@ void block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_scale, flo
         const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(first), 31);
         const __m256i down = _mm256_sub_epi32(zero, _mm256_min_epi32(number, zero)), up = _mm256_add_epi32(zero, number);
         store_bytes(m + i, _mm256_blendv_epi8(up, down, negative));
-        const __m256i of_v = nearest(_mm256_mul_ps(_mm256_load_ps(vs + i), v_share), without);
+        const __m256 second = _mm256_load_ps(vs + i);
+        const __m256i some = _mm256_castps_si256(_mm256_cmp_ps(second, _mm256_setzero_ps(), _CMP_GT_OQ));
+        __m256i of_v = nearest(_mm256_mul_ps(second, v_share), without);
+        of_v = _mm256_max_epi32(of_v, _mm256_and_si256(some, _mm256_set1_epi32(2)));  // never to zero
         store_bytes(v + i, _mm256_min_epi32(_mm256_sub_epi32(_mm256_max_epi32(of_v, unit), unit), all));
     }
 }

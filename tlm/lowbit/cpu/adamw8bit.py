@@ -1,6 +1,9 @@
 """AdamW with moments of 8 bits, 2.03 bytes a parameter (Dettmers et al. 2022, arXiv 2110.02861), in one pass.
 
-Levels, blocks and order of work are those of bitsandbytes' AdamW8bit, whose CPU version takes ten passes in torch. The
+Levels, blocks and order of work are those of bitsandbytes' AdamW8bit, whose CPU version takes ten passes in torch. One
+thing is not: a second moment above zero gets at least the least level above zero. A second moment of zero beside a
+first that is not makes a step of m / eps where the next gradient is zero, such as that of a rare word beside a frequent
+one in its block: runs diverged. (bitsandbytes' CPU version rounds most of these up as well, by its approximations.) The
 kernel is adamw8bit.cpp; `step_by_torch` is its slow twin and gives the same bits.
 """
 
@@ -73,7 +76,7 @@ def levels(signed: bool) -> Levels:
 
 
 def quantised(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n] -> uint8 [n], float32 [blocks]: byte 127 is zero with a sign, 0 without."""
+    """float32 [n] -> uint8 [n], float32 [blocks]: byte 127 is zero with a sign, 0 without (of zero alone)."""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     shares = blocks * (1.0 / scales.clamp(min=1e-38))[:, None]
@@ -81,7 +84,7 @@ def quantised(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor
     if signed:
         codes = torch.where(shares.signbit(), 127 - number.clamp(max=127), 127 + number)
     else:
-        codes = number.clamp(min=1) - 1
+        codes = number.maximum(torch.where(blocks > 0, 2, 1)) - 1
     return codes.to(torch.uint8).flatten()[: len(x)], scales
 
 

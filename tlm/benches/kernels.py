@@ -220,14 +220,7 @@ def steps(config: KernelsConfig, kind: Callable[[], Callable]) -> Iterator:
 def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     """Bytes a parameter."""
     held = [t for state in optimizer.state.values() for name, t in state.items() if not name.startswith("qmap")]
-    return sum(sized(t) for t in held if isinstance(t, torch.Tensor)) / sum(p.numel() for p in optimizer.state)
-
-
-def sized(tensor: torch.Tensor) -> int:
-    """Bytes of what a tensor, or torchao's tensor of tensors, holds."""
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.Tensor:
-        return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0] if name != "qmap")
-    return tensor.nbytes
+    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor)) / sum(p.numel() for p in optimizer.state)
 
 
 def fused() -> Callable:
@@ -251,17 +244,10 @@ def bitsandbytes() -> Callable:
     return partial(bitsandbytes_adamw8bit(), lr=1e-3)
 
 
-def torchao() -> Callable:
-    from torchao.optim import AdamW8bit
-
-    return partial(AdamW8bit, lr=1e-3)
-
-
 def adamw_case(config: KernelsConfig, progress: Progress) -> Iterator[dict]:
     kinds = {"torch fused fp32": fused, "tlm 8-bit": eight_bits}
-    kinds |= {
-        f"{kind.__name__} 8-bit": kind for kind in (bitsandbytes, torchao) if importlib.util.find_spec(kind.__name__)
-    }
+    if importlib.util.find_spec("bitsandbytes"):
+        kinds["bitsandbytes 8-bit"] = bitsandbytes
     records = contest("adamw", {name: partial(steps, config, kind) for name, kind in kinds.items()}, config, progress)
     for name, record in records.items():
         for millions in config.parameters:

@@ -88,7 +88,7 @@ def predict(config: configs.PredictConfig, names: list[str]) -> int:
 def export(config: configs.ExportConfig, names: list[str]) -> int:
     from tlm.export import export_run
 
-    return export_run(names[0], config.out)
+    return export_run(names[0], config.out, config.quant)
 
 
 def report(config: configs.ReportConfig, names: list[str]) -> int:

@@ -298,6 +298,9 @@ class DemoConfig:
 class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
+    precision: str | None = key(
+        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+    )
     data: DataConfig = group(DataConfig)
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
     pool: str | None = key(None, "for runs of tlm pretrain: a pool, whose test split is scored; RUN/zeroshot.json")
@@ -318,6 +321,9 @@ class EvalConfig:
 @dataclass
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
+    precision: str | None = key(
+        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+    )
     threads: int = key(0, "CPU threads (0: all cores)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
 
@@ -325,6 +331,11 @@ class PredictConfig:
 @dataclass
 class ExportConfig:
     out: str = key("", "folder to write; it must not exist yet")
+    quant: str | None = key(
+        None,
+        "int8 or nf4 (for transformers with bitsandbytes), onnx-int8 (for ONNX Runtime), or packed (for tlm predict: 8 "
+        "bits a weight, or the 2 and 1 of ternary and binary)",
+    )
 
 
 @dataclass
@@ -393,6 +404,30 @@ class GpuKernelsConfig:
     )
     rounds: int = key(20, "turns of each contestant")
     out: str | None = key(None, "JSON file for all figures, written anew after each case")
+
+
+@dataclass
+class KernelsConfig:
+    out: str | None = key(None, "JSON file for all figures, written anew after each case")
+    cases: list[str] = field(
+        default_factory=lambda: ["linear", "model", "adamw"],
+        metadata={"help": "linear (one product), model (texts through a classifier), adamw (a step)"},
+    )
+    rows: list[int] = field(default_factory=lambda: [1, 32, 2048], metadata={"help": "linear: rows of the product"})
+    hidden: list[int] = field(
+        default_factory=lambda: [32, 128, 256, 768],
+        metadata={"help": "linear: widths of a model: inputs of a product, which has three times as many outputs"},
+    )
+    size: str = key("small", "model: tiny, small, base or large")
+    batch: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "model: texts a call"})
+    length: int = key(128, "model: tokens a text")
+    vocabulary: int = key(8192, "model: number of word pieces")
+    parameters: list[int] = field(
+        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions; up to 28 bytes each, a process a rival"}
+    )
+    seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
+    seed: int = key(0, "seed of everything random")
+    threads: int = key(0, "CPU threads (0: all cores)")
 
 
 @dataclass
@@ -596,6 +631,7 @@ CHOICES = {
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
     "retrieval.engine": ("bm25", "scan", "rank_bm25", "bm25s", "lucene", "opensearch"),
     "model.size": (*SIZES, "tfidf"),
+    "size": tuple(SIZES),
     "model.pooling": ("mean", "cls"),
     "attention": ("prefix", "causal"),
     "pool.choices": ("listed", "unlisted", "both"),
@@ -606,6 +642,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", *RECIPES),
     "spike": ("rewind", "skip", "stop", "log"),
+    "quant": ("int8", "nf4", "onnx-int8", "packed"),
     "boards": ("tensorboard", "wandb", "mlflow"),
     "leaks": ("refuse", "drop"),
     "joint.schedule": ("linear", "cosine", "trapezoid", "constant"),
@@ -633,7 +670,7 @@ AT_LEAST = {
     "pool.per_task": 1, "pool.task_cap": 1, "pool.temperature": 1, "pool.templates": 1, "pool.soft": 0,
     "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
-    "layers": 1, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
+    "layers": 1, "length": 8, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
     "rounds": 1,
 }  # fmt: skip
 

@@ -113,7 +113,8 @@ EXTRAS = {
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
-    "lowbit": "for optimizer=adamw8bit, and precision=fp8-* on a GPU",
+    "lowbit": "for optimizer=adamw8bit and precision=fp8-* on a GPU, and quant=int8 and nf4 of tlm export",
+    "onnx": "for quant=onnx-int8 of tlm export",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",
 }
@@ -161,9 +162,9 @@ def disk(runs: Path) -> Check:
 def compiler() -> Check:
     found = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if found:
-        return Check("machine", "C++ compiler", "ok", f"{found}: DeepSpeed can build its faster CPU parts, if asked to")
-    value = "DeepSpeed goes on without what it would build (all-reduce in shared memory, CPUAdam)"
-    return Check("machine", "C++ compiler", "absent", value, "for several processes on one machine: apt install g++")
+        return Check("machine", "C++ compiler", "ok", f"{found}: builds the CPU kernels, and what DeepSpeed asks for")
+    value = "torch computes what the CPU kernels would, more slowly; DeepSpeed goes on without its own"
+    return Check("machine", "C++ compiler", "absent", value, "for the CPU kernels: apt install g++")
 
 
 # --- speed, devices, precisions -------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 The model has ModernBERT's layout and names (see model.py), so this is a copy of tensors, a config.json written by hand,
 the tokenizer's own file and a model card. `transformers` itself is not imported: its config classes would save thirty
-lines here and cost a heavy dependency. The tests open the folder with it and compare logits.
+lines here and cost a heavy dependency. The tests open the folder with it and compare logits. `quant=`
+writes weights of fewer bits: those of bitsandbytes for transformers (by these two), of ONNX Runtime, of our kernels.
 """
 
+import contextlib
+import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +46,8 @@ KINDS = {
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
-def export_run(run: str, out: str) -> int:
-    """`tlm export RUN out=DIR`."""
+def export_run(run: str, out: str, quant: str | None = None) -> int:
+    """`tlm export RUN out=DIR quant=Q`."""
     folder = Path(run)
     if not (folder / "summary.json").exists():
         raise InputError(f"{run}: holds no finished run (no summary.json); name a finished run, such as runs/NAME")
@@ -63,23 +66,42 @@ def export_run(run: str, out: str) -> int:
             f"{run}: reads prompts both ways, which no decoder of transformers does; export a run of attention=causal"
         )
     kind = "causal" if attention == "causal" else "classification"
-    export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out), kind)
-    print(f'{out}: open it with transformers.pipeline("{KINDS[kind].pipeline}", "{out}")')
+    if quant and kind == "causal":
+        raise InputError(f"quant={quant}: is for runs that classify, which {run} does not; leave it out")
+    if quant == "packed":
+        left = export_packed(folder / "model", summary, Path(out))
+    else:
+        left = export(folder / "model", folder / "model" / "tokenizer.json", summary, Path(out), kind, quant)
+    if left:
+        print(f"{out}: {left}")
+    opened = OPEN_WITH.get(quant) or f'transformers.pipeline("{KINDS[kind].pipeline}", "{{out}}")'
+    print(f"{out}: open it with {opened.format(out=out)}")
     return 0
 
 
-def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, kind: str = "classification") -> None:
-    """Write `out` whole or not at all. `kind` chooses the head: classification, mlm, or causal.
+OPEN_WITH = {  # what is no pipeline of transformers
+    "onnx-int8": 'onnxruntime.InferenceSession("{out}/model.onnx")',
+    "packed": "`tlm predict {out} FILE`",
+}
+
+
+def export(
+    model_folder: Path,
+    tokenizer_path: Path,
+    summary: dict,
+    out: Path,
+    kind: str = "classification",
+    quant: str | None = None,
+) -> str:
+    """Write `out` whole or not at all; return what `quant` did. `kind` chooses the head: classification, mlm, or causal.
 
     `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
-    is damaged, or the tokenizer is not its own.
+    is damaged, the tokenizer is not its own, or what `quant` needs is missing.
     """
     from tlm.lowbit import weights_as_read
     from tlm.model import load_model, write_tensors
     from tlm.tokenizer import own_tokenizer, save_tokenizer
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; name a new one")
     model = load_model(model_folder)
     tokenizer = own_tokenizer(tokenizer_path, model.shape.vocabulary, summary.get("tokenizer_sha256"))
     if model.shape.soft:
@@ -98,15 +120,30 @@ def export(model_folder: Path, tokenizer_path: Path, summary: dict, out: Path, k
         if name.startswith(ours)
     }
     special_ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    left = ""
+    with whole(out) as temporary:
         write_tensors(temporary / "model.safetensors", tensors)
         save_tokenizer(tokenizer, temporary / "tokenizer.json")
         write_json(temporary / "tokenizer_config.json", tokenizer_config(model.shape.max_length, kind))
         write_json(temporary / "special_tokens_map.json", SPECIALS)
         write_json(temporary / "config.json", config(model.shape, labels, special_ids, kind))
         write_text(temporary / "README.md", generative_card(summary) if kind == "causal" else card(summary, kind))
+        if quant == "onnx-int8":
+            to_onnx(model, temporary)
+        elif quant:
+            left = to_bitsandbytes(temporary, quant, KINDS[kind])
+    return left
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A new folder, which becomes `out` at the end, or goes. Raises InputError if `out` is not new or empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; name a new one")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         os.replace(temporary, out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); make room or name another folder") from None
@@ -121,6 +158,66 @@ def apart(weights: Mapping[str, Any]) -> dict[str, Any]:
         for part, matrix in zip("qkv", result.pop(name).chunk(3), strict=True):
             result[name.replace("Wqkv", f"{part}_proj")] = matrix
     return result
+
+
+def to_bitsandbytes(folder: Path, quant: str, kind: Kind) -> str:
+    """The layers' matrices of an exported folder in 8 bits (LLM.int8) or 4 (NF4), by transformers with bitsandbytes."""
+    try:
+        import bitsandbytes  # noqa: F401
+        import torch
+        import transformers
+    except ImportError as error:
+        raise InputError(f"quant={quant}: {error.name} is missing; pip install 'tlm[lowbit]' transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    architecture = getattr(transformers, kind.architecture)
+    plain = architecture.from_pretrained(folder)
+    matrices = {name: m for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear)}
+    heads = [name for name in matrices if not name.startswith("model.layers.")]
+    cut = [n for n, m in matrices.items() if n not in heads and quant == "nf4" and m.in_features % NF4_BLOCK]
+    if len(heads) + len(cut) == len(matrices):
+        raise InputError(f"quant=nf4: no matrix of the layers has a multiple of {NF4_BLOCK} inputs; use quant=int8")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_8bit=quant == "int8", load_in_4bit=quant == "nf4", bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=[*heads, *cut],
+    )  # fmt: skip
+    architecture.from_pretrained(folder, quantization_config=settings).save_pretrained(folder)
+    done = len(matrices) - len(heads) - len(cut)
+    left = f"; {len(cut)} left (no multiple of {NF4_BLOCK} inputs: {', '.join(cut)})" if cut else ""
+    return f"{quant}: {done} matrices converted; {len(heads)} left (a head){left}"
+
+
+NF4_BLOCK = 64
+
+
+def to_onnx(model: Any, folder: Path) -> None:
+    """model.onnx in int8 in the place of the weights for transformers; names in and out are in onnx_graph.py."""
+    from tlm.lowbit import weights_as_read
+    from tlm.model import Transformer
+    from tlm.onnx_graph import to_int8, write
+
+    plain = Transformer(replace(model.shape, recipe=None), generator=None)
+    plain.load_state_dict(weights_as_read(model))
+    write(plain, folder / "model.onnx")
+    to_int8(folder / "model.onnx")
+    (folder / "model.safetensors").unlink()
+
+
+def export_packed(model_folder: Path, summary: dict, out: Path) -> str:
+    """A folder for `tlm predict`: the run's summary, tokenizer and model, its layers as our kernels read them."""
+    from tlm.lowbit.inference import own_precision, pack_model, save_packed
+    from tlm.model import load_model
+
+    model = load_model(model_folder)
+    conversion = pack_model(model, own_precision(model.shape))
+    with whole(out) as temporary:
+        write_json(temporary / "summary.json", summary)
+        (temporary / "model").mkdir()
+        for name in ("model.json", "tokenizer.json"):
+            shutil.copyfile(model_folder / name, temporary / "model" / name)
+        save_packed(model, temporary / "model")
+    return str(conversion)
 
 
 def config(shape: Any, labels: list[str], special_ids: dict[str, int], kind: str) -> dict:

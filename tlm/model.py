@@ -316,11 +316,11 @@ def save_model(model: Transformer, folder: Path, labels: Sequence[str] = ()) -> 
     write_tensors(folder / "model.safetensors", model.state_dict())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file, atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], head: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, atomically, with `head` among its metadata."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"format": "pt", **(head or {})})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

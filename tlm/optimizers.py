@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by its nearest orthogonal matrix, by a Newton-Schulz iteration.
 At the small batches and few steps of a TLM run it lowers the masked-LM loss most at equal tokens (measured). Matrices
-of one shape are orthogonalised as one batch: on a CPU many small products cost more than one large. Where memory is
-short, AdamW with 8-bit moments (Dettmers et al. 2022) is bitsandbytes' own.
+of one shape are orthogonalised as one batch: on a CPU many small products cost more than one large. AdamW with 8-bit
+moments (Dettmers et al. 2022), where memory is short, is our own kernel on a CPU and bitsandbytes' on a GPU.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim._functional import adamw
 
 from tasks.errors import InputError
+from tlm.lowbit.cpu import adamw8bit as eight_bits
 from tlm.precision import products
 
 BETAS = (0.9, 0.98)  # of every AdamW here
@@ -190,21 +191,59 @@ def cut(kind: str, shape: tuple[int, int]) -> dict[str, int]:
 
 
 def build_optimizer(model: nn.Module, optimizer: str, weight_decay: float) -> torch.optim.Optimizer:
-    """muon, adamw or adamw8bit over all parameters of `model`. Raises InputError if adamw8bit is not installed."""
+    """muon, adamw or adamw8bit over all parameters of `model`. Raises InputError if a GPU's bitsandbytes is missing."""
     groups = parameter_groups(model, optimizer, weight_decay)
-    return adamw8bit()(groups, lr=0.0, betas=BETAS) if optimizer == "adamw8bit" else Muon(groups)
+    if optimizer != "adamw8bit":
+        return Muon(groups)
+    if next(model.parameters()).is_cuda:
+        return bitsandbytes_adamw8bit()(groups, lr=0.0, betas=BETAS)
+    return AdamW8bit(groups)
 
 
-def adamw8bit() -> type[torch.optim.Optimizer]:
-    """bitsandbytes' class: moments in 8 bits by blocks of 256; parameters of fewer than 4,096 elements keep 32 bits.
+class AdamW8bit(torch.optim.Optimizer):
+    """Moments in 8 bits by blocks of 256; parameters of fewer than 4,096 elements keep 32 bits, by torch's kernel.
 
     Under ZeRO the blocks are cut from flat pieces of many parameters, so that losses differ a little between stages.
     """
+
+    def __init__(self, groups: list[dict], betas=BETAS, eps: float = 1e-8):
+        super().__init__(groups, dict(lr=0.0, betas=betas, eps=eps, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if small := [p for p in parameters if p.numel() < eight_bits.SMALLEST]:
+                adamw_step(small, group, self.state)
+            for p in parameters:
+                if p.numel() < eight_bits.SMALLEST:
+                    continue
+                if "exp_avg" not in self.state[p]:
+                    self.state[p].update(step=torch.zeros(()), **eight_bits.new_state(p))
+                state = self.state[p]
+                state["step"] += 1
+                rates = eight_bits.Rates(
+                    group["lr"], group["betas"], group["eps"], group["weight_decay"], int(state["step"])
+                )
+                eight_bits.step(p, p.grad, state, rates)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # turns all it finds into the parameters' type, bytes too
+        for state in self.state.values():
+            if "exp_avg_scales" in state:
+                state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].byte(), state["exp_avg_sq"].byte()
+
+
+def bitsandbytes_adamw8bit() -> type[torch.optim.Optimizer]:
+    """The same by bitsandbytes, whose CPU version takes many times as long."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of 4-bit kernels that nothing here uses
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InputError("optimizer=adamw8bit: bitsandbytes is missing; pip install 'tlm[lowbit]'") from None
+        raise InputError(
+            "optimizer=adamw8bit: on a GPU it is that of bitsandbytes, which is missing; pip install 'tlm[lowbit]'"
+        ) from None
     return AdamW8bit
 
 

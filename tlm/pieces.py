@@ -113,8 +113,9 @@ def cut_moments(states: list[dict], one: Callable[[list[torch.Tensor], int], tor
 
 
 def is_cut(value) -> bool:
-    """Whether a value of an optimizer's state is a piece. Raises ValueError for moments in 8 bits."""
-    if isinstance(value, dict):
+    """Whether a value of an optimizer's state is a piece. Raises ValueError for moments in 8 bits: bytes of ours, a
+    dict of bitsandbytes."""
+    if isinstance(value, dict) or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8):
         raise ValueError("8-bit moments are scaled in blocks, which cannot be cut")
     return isinstance(value, torch.Tensor) and value.ndim > 0
 

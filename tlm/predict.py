@@ -27,8 +27,11 @@ class Predictor:
     probabilities: "callable"
 
 
-def open_run(folder: str | Path, threads: int = 0, device: str = "auto") -> Predictor:
-    """A finished run's model, on a device as `device=` names it. Raises InputError if it is missing or damaged."""
+def open_run(
+    folder: str | Path, threads: int = 0, device: str = "auto", precision: str | None = None
+) -> Predictor:
+    """A finished run's model, or a packed one; `device` as `device=` names it. Raises InputError where it is missing
+    or damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; name the folder of a finished run, such as runs/NAME")
@@ -44,10 +47,11 @@ def open_run(folder: str | Path, threads: int = 0, device: str = "auto") -> Pred
         raise InputError(f"{folder}: is a generative run, without labels of its own; give `tlm eval` a pool=")
     if summary["arm"] == "pretraining":
         raise InputError(f"{folder}: knows no labels, it was made to start from (init_from={folder}/model)")
-    return Predictor(folder, labels, neural(folder / "model", summary.get("tokenizer_sha256"), threads, device))
+    model = neural(folder / "model", summary.get("tokenizer_sha256"), threads, device, precision)
+    return Predictor(folder, labels, model)
 
 
-def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str):
+def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str, precision: str | None):
     import torch
 
     from tlm import lowbit
@@ -60,8 +64,13 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str
     from tlm.tokens import heads
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    model, place = load_model(folder), device_of(device)
-    lowbit.check(TrainConfig(precision=model.shape.recipe or "fp32"), place)
+    if precision or (folder / "packed.safetensors").exists():
+        from tlm.lowbit.inference import open_packed
+
+        model, place = open_packed(folder, precision), device_of("cpu")
+    else:
+        model, place = load_model(folder), device_of(device)
+        lowbit.check(TrainConfig(precision=model.shape.recipe or "fp32"), place)
     model.to(place)
     tokenizer = own_tokenizer(folder / "tokenizer.json", model.shape.vocabulary, tokenizer_sha256)
 
@@ -74,7 +83,7 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str
 
 def predict_file(run: str, file: str, config: PredictConfig) -> int:
     """A JSON line for each text of `file` (or a line each of standard input): label and probabilities."""
-    predictor = open_run(run, config.threads, config.device)
+    predictor = open_run(run, config.threads, config.device, config.precision)
     texts = standard_input() if file == "-" else texts_of(file, config.text_column)
     while batch := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
         rows = predictor.probabilities([text for _, text in batch])
@@ -108,7 +117,7 @@ def evaluate_runs(names: list[str], config: EvalConfig) -> int:
     from tlm.prepare import open_task
 
     for name in names:
-        predictor = open_run(name, config.threads, config.device)
+        predictor = open_run(name, config.threads, config.device, config.precision)
         trained = configs.load(TrainConfig, [str(predictor.folder / "config.yaml")])
         task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
         if task.labels != predictor.labels:

@@ -16,8 +16,9 @@ from tlm.objectives import Losses
 from tlm.optimizers import (
     BETAS,
     NEWTON_SCHULZ,
+    AdamW8bit,
     Muon,
-    adamw8bit,
+    bitsandbytes_adamw8bit,
     build_optimizer,
     by_gram,
     by_matrix,
@@ -102,13 +103,13 @@ def test_muon_is_torchs_over_50_steps(shape, their_precision, apart, monkeypatch
     assert distance(ours, theirs, start) < apart
 
 
-def test_adamw8bit_is_bitsandbytes_and_near_torchs_adamw_over_50_steps():
-    from bitsandbytes.optim import AdamW8bit
-
+def test_adamw8bit_is_near_bitsandbytes_and_torchs_adamw_over_50_steps():
+    """bitsandbytes' CPU version does not always choose the nearest level (3% of second moments get another), ours does
+    (test_kernels.py); what that leaves between them is small beside what 8 bits leave to 32."""
     net, ours, optimizer = built("adamw8bit")
     theirs, exact, start = (list(model().parameters()) for _ in range(3))
     decayed = {name for name, p in net.named_parameters() if p.ndim == 2 and "tok_embeddings" not in name}
-    for kind, parameters in ((AdamW8bit, theirs), (torch.optim.AdamW, exact)):
+    for kind, parameters in ((bitsandbytes_adamw8bit(), theirs), (torch.optim.AdamW, exact)):
         named = list(zip((name for name, _ in net.named_parameters()), parameters, strict=True))
         groups = [
             dict(params=[p for name, p in named if (name in decayed) == decays], weight_decay=0.1 * decays)
@@ -116,21 +117,25 @@ def test_adamw8bit_is_bitsandbytes_and_near_torchs_adamw_over_50_steps():
         ]
         run(kind(groups, lr=0.01, betas=BETAS), parameters, 50)
     run(optimizer, ours, 50)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert distance(ours, theirs, start) < distance(ours, exact, start) / 2
     assert 1e-4 < distance(ours, exact, start) < 0.05
 
 
 def test_adamw8bit_keeps_moments_in_8_bits():
+    """2.03 bytes a parameter: two moments, and two scales of 4 bytes for each 256."""
     _, parameters, optimizer = built("adamw8bit")
     run(optimizer, parameters, 1)
     for p in parameters:
-        assert optimizer.state[p]["state1"].dtype == (torch.uint8 if p.numel() >= 4096 else torch.float32)
+        state = optimizer.state[p]
+        kept = sum(t.nbytes for name, t in state.items() if name != "step")
+        assert state["exp_avg"].dtype == (torch.uint8 if p.numel() >= 4096 else torch.float32)
+        assert kept == (2 * p.numel() + 8 * math.ceil(p.numel() / 256) if p.numel() >= 4096 else 8 * p.numel())
 
 
 def test_a_missing_bitsandbytes_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match=r"pip install 'tlm\[lowbit\]'$"):
-        build_optimizer(model(), "adamw8bit", 0.1)
+        bitsandbytes_adamw8bit()
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -157,7 +162,7 @@ def test_deepspeed_trains_with_each_optimizer(kind):
     stage = StageConfig(weight_decay=0.0, clip=0.0, matrix_lr=1e-3, lr=1e-3)
     engine = engines.initialize(Losses(net), stage, kind, False, {})
     engines.set_rates(engine, stage, 1.0)
-    assert isinstance(engine.basic_optimizer, adamw8bit() if kind == "adamw8bit" else Muon)
+    assert isinstance(engine.basic_optimizer, AdamW8bit if kind == "adamw8bit" else Muon)
     batch = pack([np.arange(2, 14), np.arange(5, 20)], labels=np.array([0, 2]))
     losses = []
     for _ in range(5):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tlm.optimizers import AdamW8bit
 from tlm.pieces import cut, cut_moments
 
 
@@ -36,12 +37,15 @@ def test_parameters_are_cut_one_by_one(sizes, old, new):
     assert all(torch.equal(cut(pieces, sizes, before, after, rank), wanted[rank]) for rank in range(new))
 
 
-def test_8_bit_moments_are_refused():
+@pytest.mark.parametrize("whose", ["ours", "bitsandbytes"])
+def test_8_bit_moments_are_refused(whose):
     """bitsandbytes keeps the scales of their blocks in a dict of its own."""
-    adamw8bit = pytest.importorskip("bitsandbytes").optim.AdamW8bit
     weight = torch.nn.Parameter(torch.rand(8192))
     weight.grad = torch.rand(8192)
-    optimizer = adamw8bit([weight])
+    if whose == "ours":
+        optimizer = AdamW8bit([dict(params=[weight])])
+    else:
+        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit([weight])
     optimizer.step()
     with pytest.raises(ValueError, match="8-bit"):
         cut_moments([optimizer.state_dict()], lambda pieces, group: pieces[0])

@@ -4,6 +4,7 @@ BENCHES = {  # name: what it does, and the class in config.py that lists its key
     "train": ("training steps beside those of transformers and its Trainer: speed, parts, growth", "BenchConfig"),
     "retrieval": ("BM25 engines side by side: queries, indexing, memory, growth", "BenchConfig"),
     "resume": ("runs that are killed at random instants, against one that was not", "BenchConfig"),
+    "kernels": ("the CPU kernels beside those of torch, ONNX Runtime and bitsandbytes", "KernelsConfig"),
     "gpu-kernels": ("FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU", "GpuKernelsConfig"),
     "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

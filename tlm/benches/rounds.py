@@ -166,6 +166,8 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "tokens/s": lambda v: f"{v:,.0f}/s",
     "x": lambda v: f"{v:.2f} x",
     "share": lambda v: f"{v:.0%}",
+    "us": lambda v: f"{v:,.0f} µs",
+    "number": lambda v: f"{v:.2f}",
     "s": lambda v: f"{1e3 * v:,.1f} ms",
     "bytes": lambda v: f"{v / 1e6:,.0f} MB",
     "count": lambda v: f"{v:,}",

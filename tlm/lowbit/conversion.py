@@ -93,9 +93,9 @@ def take_odd(model: nn.Module) -> Counter[str]:
     """What `Linear.odd` has counted, over all modules, since it was last taken."""
     total: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, Linear):
-            total += Counter({what: int(number) for what, number in module.odd.items()})
-            module.odd.clear()
+        if odd := getattr(module, "odd", None):
+            total += Counter({what: int(number) for what, number in odd.items()})
+            odd.clear()
     return total
 
 

@@ -93,7 +93,7 @@ def export(
     kind: str = "classification",
     quant: str | None = None,
 ) -> str:
-    """Write `out` whole or not at all; return what `quant` did. `kind` chooses the head: classification, mlm, or causal.
+    """Write `out` whole or not at all; return what `quant` did. `kind` is the head: classification, mlm, or causal.
 
     `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
     is damaged, the tokenizer is not its own, or what `quant` needs is missing.

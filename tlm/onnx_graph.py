@@ -34,7 +34,7 @@ class Padded(nn.Module):
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + unseen
             mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
             hidden = hidden + layer.attn.Wo(mixed)
-            hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
+            hidden = hidden + layer.mlp(hidden, layer.mlp_norm)
         hidden = encoder.final_norm(hidden)
         if shape.pooling == "mean":
             real = attention_mask[:, :, None].to(hidden.dtype)

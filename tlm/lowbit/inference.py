@@ -101,8 +101,8 @@ class Fused(nn.Module):
         super().__init__()
         self.Wi, self.Wo = Wi, Wo
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.Wo(self.Wi(hidden))
+    def forward(self, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return self.Wo(self.Wi(norm(hidden)))
 
 
 def place(model: nn.Module, name: str, packed: Packed, activation: str) -> None:

@@ -44,7 +44,7 @@ SPACING = 4  # of the checkpoints' FLOPs
 # What is tuned: keys and the values tried beside the recipe's own. The paper chose rho1 and rho2 by dev as well.
 GRIDS = {
     "scratch": {"joint.mlm_weight": (1.0, 20.0), "model.dropout": (0.0, 0.1)},
-    "tlm": {"joint.mlm_weight": (1.0, 20.0), "joint.task_passes": (2.0, 8.0)},
+    "tlm": {"joint.mlm_weight": (1.0, 20.0), "joint.external_per_task": (3, 1)},
     "pt-ft": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
     "pt-ft+tapt": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
     "hf": {"finetune.lr": (5e-5, 2e-5, 1e-4, 3e-4)},

@@ -111,9 +111,10 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
         lengths = {TASK: task_length} | ({EXTERNAL: model.max_length} if rho1 else {})
         flops = tokens = activations = 0
         for source, length in lengths.items():
-            texts = stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / length))
+            texts = texts_a_batch(stage, source, length)
             often = (1 if source == TASK else rho1) / (rho1 + 1)
-            masked = round(texts * length * config.joint.mask_rate) if joint else 0
+            rate = config.joint.task_mask_rate if source == TASK else config.joint.mask_rate
+            masked = round(texts * length * rate) if joint else 0
             flops += often * 3 * forward_flops(shape, [length] * texts, masked, texts * (source == TASK))
             tokens += often * texts * length
             at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)

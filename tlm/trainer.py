@@ -29,7 +29,7 @@ from tlm.doctor import peak_flops
 from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.lowbit import delayed
-from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK, MicroBatch, Mixture
+from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
 from tlm.objectives import Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
@@ -237,7 +237,7 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
     """Micro-batches of `stage.batch` texts, or of as many as hold about `stage.batch_tokens` tokens."""
     sizes = {source: len(examples) for source, examples in objective.sources.items()}
     batch = {
-        source: stage.batch or max(LEAST_TEXTS[source], round(stage.batch_tokens / examples.lengths.mean()))
+        source: plan.texts_a_batch(stage, source, examples.lengths.mean())
         for source, examples in objective.sources.items()
     }
     mixture = Mixture(seed, sizes, batch, rho1, stage.accumulation, round(stage.batch_ramp * stage.steps))

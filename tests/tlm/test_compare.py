@@ -27,6 +27,7 @@ from tlm.versus import Point, best_so_far, break_even, flops_to, mean_curve, sco
 SMALL = [
     "model.hidden=32", "model.layers=2", "model.heads=2", "model.intermediate=48", "model.max_length=32",
     "tokenizer.vocabulary=400", "retrieval.k=20", "joint.batch=8", "finetune.batch=8", "init=random",
+    "joint.mask_rate=0.15",
 ]  # fmt: skip
 ARMS = ("tfidf", "scratch", "tlm", "tlm:joint.external_per_task=0", "pt-ft", "pt-ft+tapt")
 

@@ -46,10 +46,15 @@ def test_what_is_left_open_suits_the_task(tmp_path, tiny_corpus):
     given = [f"task={path}", f"corpus={tiny_corpus}", "joint.steps=1000", "joint.batch_tokens=640", "joint.batch=2"]
     chosen = plan(validate(load(TrainConfig, given)))["left_open"]
     assert chosen["model.max_length"] == 320
-    assert set(chosen) == {"model.max_length", "retrieval.max_words"}
-    # of 1,000 micro-batches 500 are external, of 2 x 320 tokens at most
-    assert 400 * 2 * 320 / 1.4 < chosen["retrieval.max_words"] <= 500 * 2 * 320 / 1.4
-    fixed = [*given, "model.max_length=128", "retrieval.max_words=5"]
+    # 1,000 micro-batches of 2 texts would read the 157 thirteen times: of three, one is the task's, for about four
+    assert chosen["joint.external_per_task"] == 2
+    assert chosen["joint.balance"] == chosen["finetune.balance"] == 0.5  # the metric is macro-F1
+    of_all = {"model.max_length", "retrieval.max_words", "joint.external_per_task"}
+    assert set(chosen) == of_all | {"joint.balance", "finetune.balance"}
+    # of 1,000 micro-batches 667 are external, of 2 x 320 tokens at most
+    assert 500 * 2 * 320 / 1.4 < chosen["retrieval.max_words"] <= 667 * 2 * 320 / 1.4
+    fixed = [*given, "joint.external_per_task=1", "joint.balance=0", "finetune.balance=0"]
+    fixed += ["model.max_length=128", "retrieval.max_words=5"]
     assert "left_open" not in plan(validate(load(TrainConfig, fixed)))
 
 

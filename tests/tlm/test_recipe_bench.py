@@ -23,7 +23,7 @@ from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm.evaluate import mlm_loss
 from tlm.model import ModelShape, Transformer
 from tlm.objectives import Masking, Source
-from tlm.plan import fitted, stage_costs, start_flops
+from tlm.plan import fitted, mean_length, micro_batches_a_pass, stage_costs, start_flops
 from tlm.prepare import open_task
 from tlm.progress import Progress
 from tlm.tables import table
@@ -32,7 +32,7 @@ QUIET = Progress(quiet=True)
 SMALL = [
     "model.hidden=32", "model.layers=2", "model.heads=2", "model.intermediate=48", "model.max_length=32",
     "tokenizer.vocabulary=400", "retrieval.k=20", "joint.batch=8", "finetune.batch=8", "joint.held_out=40",
-    "init=random",
+    "init=random", "joint.mask_rate=0.15",
 ]  # fmt: skip
 BUDGET = 1e9
 
@@ -229,10 +229,16 @@ def test_the_plan_uses_the_budget_up(tiny_task, tiny_corpus, extra):
     given = [f"task={tiny_task}", f"corpus={tiny_corpus}", "budget=6e12", "finetune.share=0.2", *extra]
     train = validate(load(TrainConfig, given))
     task = open_task(train.task, train.data)
-    planned = fitted(train, task)
-    costs = stage_costs(planned, task)
-    assert costs["finetune"].flops == pytest.approx(0.2 * (6e12 - start_flops(train)), rel=0.01)
-    assert costs["joint"].flops + costs["finetune"].flops + start_flops(train) == pytest.approx(6e12, rel=0.01)
+    unlimited = replace(train, finetune=replace(train.finetune, task_passes=0))
+    by_share, by_passes = (stage_costs(fitted(config, task), task) for config in (unlimited, train))
+    for costs in (by_share, by_passes):
+        assert costs["joint"].flops + costs["finetune"].flops + start_flops(train) == pytest.approx(6e12, rel=0.01)
+    assert by_share["finetune"].flops == pytest.approx(0.2 * (6e12 - start_flops(train)), rel=0.01)
+    a_pass = sum(mean_length([text], 128) for text in task.texts("train"))
+    assert by_passes["finetune"].tokens == pytest.approx(4 * a_pass, rel=0.1)  # in whole steps
+    found = fitted(train, task)
+    of_task = found.joint.steps / (found.joint.external_per_task + 1)
+    assert of_task == pytest.approx(4 * micro_batches_a_pass(found, found.joint, task), rel=0.1)
     with pytest.raises(InputError, match="too small"):
         fitted(replace(train, budget=1e6), task)
 

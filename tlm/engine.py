@@ -146,10 +146,10 @@ def check(config: TrainConfig) -> None:
     """Raises InputError for what ZeRO cannot do, at all or on a CPU; to be called before anything is written."""
     given = config.deepspeed.get("zero_optimization")
     zero = given.get("stage", 0) if isinstance(given, dict) else 0  # DeepSpeed refuses the rest itself
-    if config.optimizer == "muon" and zero:
+    if config.optimizer == "muon" and zero == 3:
         raise InputError(
-            f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "
-            "orthogonalise; set optimizer=adamw, or stage 0"
+            "deepspeed.zero_optimization.stage=3: cuts up every matrix, which Muon orthogonalises as a whole; set "
+            "optimizer=adamw, or stage 2"
         )
     for key in ("zero_quantized_gradients", "zero_quantized_weights"):
         if isinstance(given, dict) and given.get(key) and device_of(config.device).type == "cpu":

@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import distributed, nn
-from torch.nn.functional import pad
 from torch.optim._functional import adamw
 
 from tasks.errors import InputError
@@ -134,14 +133,15 @@ def update_of_piece(piece: torch.Tensor, group: dict) -> torch.Tensor:
 
     Whole matrices live for the time of this step alone, and a process orthogonalises those that it has a part of.
     """
-    size = math.prod(group["shape"])
+    size, width = math.prod(group["shape"]), len(piece)
+    total = distributed.get_world_size() * width
     device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else piece.device
-    whole = piece.new_empty(distributed.get_world_size() * len(piece), device=device)
-    distributed.all_gather(list(whole.split(len(piece))), piece.to(device))  # pieces that are offloaded come back
-    start = distributed.get_rank() * len(piece)
-    first, last = start // size, -(-(start + len(piece)) // size)
-    matrices = pad(whole, (0, -len(whole) % size)).view(-1, *group["shape"])
-    return update_of(matrices[first:last], group).flatten()[start - first * size :][: len(piece)].to(piece.device)
+    whole = piece.new_zeros(-(-total // size) * size, device=device)
+    distributed.all_gather(list(whole[:total].split(width)), piece.to(device))  # pieces that are offloaded come back
+    start = distributed.get_rank() * width
+    first, last = start // size, -(-(start + width) // size)
+    updates = update_of(whole.view(-1, *group["shape"])[first:last], group)
+    return updates.flatten()[start - first * size :][:width].to(piece.device)
 
 
 def adamw_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None:

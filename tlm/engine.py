@@ -5,6 +5,7 @@ configuration as they are.
 """
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -187,6 +188,7 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
         built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
     else:
         built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
+    config = Asked(config)
     with quiet():
         try:
             engine, *_ = deepspeed.initialize(model=losses, config=config, **built)
@@ -197,9 +199,35 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
             raise InputError(
                 f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
             ) from None
+    for key in extra.keys() - config.asked:
+        near = difflib.get_close_matches(str(key), config.asked, 1, 0.5)
+        hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
+        raise InputError(f"deepspeed.{key}: DeepSpeed knows no such key; {hint}")
     if engine.zero_optimization():
         forget_gradients(engine.optimizer)
     return engine
+
+
+class Asked(dict):
+    """A configuration that keeps in `asked` what DeepSpeed looks for: it has no list of keys, and ignores others."""
+
+    def __init__(self, content: dict, asked: set[str] | None = None):
+        super().__init__(content)
+        self.asked = set() if asked is None else asked
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self  # DeepSpeed asks for `key in config.keys()` as well
+
+    def __copy__(self):
+        return Asked(self, self.asked)
 
 
 def uncompiled(optimizer: Any) -> Any:

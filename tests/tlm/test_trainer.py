@@ -563,6 +563,8 @@ def test_deepspeeds_adamw_gives_the_losses_of_ours_and_compiles_nothing(plain, a
         (["optimizer=adamw", "deepspeed.zero_optimization.stage=7"], "DeepSpeed refuses"),
         (["optimizer=adamw", "deepspeed.zero_optimization.stage=3", "finetune.average=ema"], "finetune.average=none"),
         (["deepspeed.optimizer.type=OneBitAdam"], "OneBitAdam"),
+        (["deepspeed.gradient_cliping=3"], "did you mean deepspeed.gradient_clipping?"),
+        (["deepspeed.qqq=3"], "deepspeed.qqq: DeepSpeed knows no such key; remove it"),
         (["deepspeed.zero_optimization.zero_quantized_gradients=true"], "on a GPU only"),
         (["data.text_column=body"], "body"),
         (["corpus=absent-corpus"], "absent-corpus"),

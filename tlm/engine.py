@@ -188,10 +188,10 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
         built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
     else:
         built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
-    config = Asked(config)
+    seen = Asked(config)
     with quiet():
         try:
-            engine, *_ = deepspeed.initialize(model=losses, config=config, **built)
+            engine, *_ = deepspeed.initialize(model=losses, config=seen, **built)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             if not extra:
                 raise
@@ -199,10 +199,11 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
             raise InputError(
                 f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
             ) from None
-    for key in extra.keys() - config.asked:
-        near = difflib.get_close_matches(str(key), config.asked, 1, 0.5)
+    for key in extra.keys() - seen.asked:
+        near = difflib.get_close_matches(str(key), seen.asked, 1, 0.5)
         hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
         raise InputError(f"deepspeed.{key}: DeepSpeed knows no such key; {hint}")
+    engine.config = config  # stands in checkpoints, which hold plain values alone
     if engine.zero_optimization():
         forget_gradients(engine.optimizer)
     return engine

@@ -5,6 +5,7 @@ configuration as they are.
 """
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -146,10 +147,10 @@ def check(config: TrainConfig) -> None:
     """Raises InputError for what ZeRO cannot do, at all or on a CPU; to be called before anything is written."""
     given = config.deepspeed.get("zero_optimization")
     zero = given.get("stage", 0) if isinstance(given, dict) else 0  # DeepSpeed refuses the rest itself
-    if config.optimizer == "muon" and zero:
+    if config.optimizer == "muon" and zero == 3:
         raise InputError(
-            f"deepspeed.zero_optimization.stage={zero}: ZeRO cuts matrices into flat pieces, which Muon cannot "
-            "orthogonalise; set optimizer=adamw, or stage 0"
+            "deepspeed.zero_optimization.stage=3: cuts up every matrix, which Muon orthogonalises as a whole; set "
+            "optimizer=adamw, or stage 2"
         )
     for key in ("zero_quantized_gradients", "zero_quantized_weights"):
         if isinstance(given, dict) and given.get(key) and device_of(config.device).type == "cpu":
@@ -187,9 +188,10 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
         built = {"model_parameters": parameter_groups(losses, "adamw", stage.weight_decay)}
     else:
         built = {"optimizer": build_optimizer(losses, optimizer, stage.weight_decay)}
+    seen = Asked(config)
     with quiet():
         try:
-            engine, *_ = deepspeed.initialize(model=losses, config=config, **built)
+            engine, *_ = deepspeed.initialize(model=losses, config=seen, **built)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             if not extra:
                 raise
@@ -197,9 +199,36 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
             raise InputError(
                 f"deepspeed.*: DeepSpeed refuses this configuration ({reason}); mend or remove it"
             ) from None
+    for key in extra.keys() - seen.asked:
+        near = difflib.get_close_matches(str(key), seen.asked, 1, 0.5)
+        hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
+        raise InputError(f"deepspeed.{key}: DeepSpeed knows no such key; {hint}")
+    engine.config = config  # stands in checkpoints, which hold plain values alone
     if engine.zero_optimization():
         forget_gradients(engine.optimizer)
     return engine
+
+
+class Asked(dict):
+    """A configuration that keeps in `asked` what DeepSpeed looks for: it has no list of keys, and ignores others."""
+
+    def __init__(self, content: dict, asked: set[str] | None = None):
+        super().__init__(content)
+        self.asked = set() if asked is None else asked
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self  # DeepSpeed asks for `key in config.keys()` as well
+
+    def __copy__(self):
+        return Asked(self, self.asked)
 
 
 def uncompiled(optimizer: Any) -> Any:

@@ -10,7 +10,7 @@ import logging
 import math
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim._functional import adamw
 
 from tasks.errors import InputError
@@ -76,7 +76,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of an m x n matrix is scaled by sqrt(max(1, m / n)); weight decay is decoupled. `parts` is how many
     matrices stand on top of each other in one parameter, `rows` x `columns` the size of the blocks that it is cut into
-    (None: a part is a block). Each block is orthogonalised by itself.
+    (None: a part is a block). Each block is orthogonalised by itself. Under ZeRO 1 and 2 a group has one parameter, a
+    flat piece of its matrices, end to end; `shape` is that of each.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, betas=BETAS, eps: float = 1e-8):
@@ -85,6 +86,7 @@ class Muon(torch.optim.Optimizer):
             dict(
                 lr=0.0,
                 muon=False,
+                shape=None,
                 parts=1,
                 rows=None,
                 columns=None,
@@ -112,12 +114,35 @@ def muon_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None:
     buffers, grads = [state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
     torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
     directions = torch._foreach_lerp(grads, buffers, group["momentum"])
-    whole = torch.stack(directions)  # [parameters, m, n]
-    m, n = whole.shape[1] // group["parts"], whole.shape[2]
-    blocks = whole.unflatten(2, (-1, group["columns"] or n)).unflatten(1, (-1, group["rows"] or m)).transpose(2, 3)
-    updates = orthogonalise(blocks).transpose(2, 3).reshape(whole.shape) * max(1.0, m / n) ** 0.5
+    if directions[0].ndim == 1:
+        updates = [update_of_piece(piece, group) for piece in directions]
+    else:
+        updates = list(update_of(torch.stack(directions), group).unbind(0))
     torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(parameters, list(updates.unbind(0)), alpha=-group["lr"])
+    torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+def update_of(directions: torch.Tensor, group: dict) -> torch.Tensor:
+    """[matrices, m, n] -> the same, each block orthogonalised, and scaled."""
+    m, n = directions.shape[1] // group["parts"], directions.shape[2]
+    blocks = directions.unflatten(2, (-1, group["columns"] or n)).unflatten(1, (-1, group["rows"] or m))
+    return orthogonalise(blocks.transpose(2, 3)).transpose(2, 3).reshape(directions.shape) * max(1.0, m / n) ** 0.5
+
+
+def update_of_piece(piece: torch.Tensor, group: dict) -> torch.Tensor:
+    """The same for flat pieces, of one length, of all processes: end to end they are the group's matrices, and padding.
+
+    Whole matrices live for the time of this step alone, and a process orthogonalises those that it has a part of.
+    """
+    size, width = math.prod(group["shape"]), len(piece)
+    total = distributed.get_world_size() * width
+    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else piece.device
+    whole = piece.new_zeros(-(-total // size) * size, device=device)
+    distributed.all_gather(list(whole[:total].split(width)), piece.to(device))  # pieces that are offloaded come back
+    start = distributed.get_rank() * width
+    first, last = start // size, -(-(start + width) // size)
+    updates = update_of(whole.view(-1, *group["shape"])[first:last], group)
+    return updates.flatten()[start - first * size :][:width].to(piece.device)
 
 
 def adamw_step(parameters: list[torch.Tensor], group: dict, state: dict) -> None:
@@ -171,7 +196,8 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
             rest.append(p)
     muon = optimizer == "muon"
     groups = [
-        dict(params=group, muon=muon, weight_decay=weight_decay, rate="matrix_lr" if muon else "lr") | cut(kind, shape)
+        dict(params=group, muon=muon, weight_decay=weight_decay, rate="matrix_lr" if muon else "lr", shape=shape)
+        | cut(kind, shape)
         for (kind, shape), group in matrices.items()
     ]
     groups.append(dict(params=dense, muon=False, weight_decay=weight_decay, rate="lr"))

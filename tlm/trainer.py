@@ -454,10 +454,11 @@ class Loop:
         self.progress.say(f"going on from checkpoint {tag} of {self.run.folder}")
 
     @property
-    def optimizer_flops(self) -> int:
-        """Of a step, beside the model's: Muon's products."""
+    def optimizer_flops(self) -> float:
+        """Of a step, beside the model's: Muon's products, which ZeRO shares out among the processes."""
         shape, by_muon = self.model.shape, any(group["muon"] for group in self.engine.optimizer.param_groups)
-        return muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
+        share = 1 / self.world.size if self.engine.zero_optimization() else 1
+        return share * muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
 
 
 def finite(value: float) -> float | None:

@@ -65,7 +65,7 @@ CASES = {
     "a missing corpus": ({}, ["corpus=nowhere"], ["nowhere"]),
     "heads that do not divide": ({}, ["model.heads=3"], ["model.hidden=128", "model.heads=3"]),
     "a head of odd size": ({}, ["model.hidden=20", "model.heads=4"], ["model.hidden=20", "model.heads=4"]),
-    "ZeRO with Muon": ({}, [ZERO.format(1), *QUICK], ["stage=1", "Muon", "optimizer=adamw"]),
+    "ZeRO 3 with Muon": ({}, [ZERO.format(3), *QUICK], ["stage=3", "Muon", "optimizer=adamw"]),
     "ZeRO of no stage": ({}, [ZERO.format(7), "optimizer=adamw", *QUICK], ["deepspeed", "refuses"]),
     "ZeRO without its keys": (
         {},

@@ -1,11 +1,14 @@
 import io
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.functional import pad
 
 from tasks.errors import InputError
 from tlm import engine as engines
@@ -90,6 +93,53 @@ def test_muon_is_the_formula_over_50_steps(shape):
             x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
         w = w * (1 - 0.02 * 0.1) - 0.02 * max(1, shape[0] / shape[1]) ** 0.5 * x
     np.testing.assert_allclose(ours.detach().numpy(), w, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_muon_on_pieces_is_muon_on_matrices(processes, monkeypatch):
+    """As ZeRO 1 and 2 cut: all matrices end to end, padded, in pieces of one length, also in the middle of matrices.
+
+    Each process keeps the momentum of its piece alone.
+    """
+    shape, of_group = (12, 6), dict(lr=0.02, weight_decay=0.1, muon=True, parts=3, rows=2, shape=(12, 6))
+    matrices = copies(*[shape] * 5)
+    flat = torch.cat([p.detach().flatten() for p in matrices])
+    padding = -len(flat) % (2 * processes)
+    pieces = [nn.Parameter(piece.clone()) for piece in pad(flat, (0, padding)).chunk(processes)]
+    whole = Muon([dict(params=matrices, **of_group)])
+    cut_up = [Muon([dict(params=[piece], **of_group)]) for piece in pieces]
+    meet, generator = threading.Barrier(processes), torch.Generator().manual_seed(0)
+    ranks, shown = threading.local(), [None] * processes
+
+    def all_gather(found, mine):
+        shown[ranks.rank] = mine
+        meet.wait()
+        for place, theirs in zip(found, shown, strict=True):
+            place.copy_(theirs)
+        meet.wait()
+
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
+    monkeypatch.setattr(distributed, "get_rank", lambda: ranks.rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "get_backend", lambda: "gloo")
+
+    def step(rank):
+        ranks.rank = rank
+        cut_up[rank].step()
+
+    for _ in range(5):
+        for p in matrices:
+            p.grad = torch.randn(shape, generator=generator)
+        gradients = pad(torch.cat([p.grad.flatten() for p in matrices]), (0, padding)).chunk(processes)
+        for piece, gradient in zip(pieces, gradients, strict=True):
+            piece.grad = gradient.clone()
+        whole.step()
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(step, range(processes)))
+    found = torch.cat([piece.detach() for piece in pieces])
+    torch.testing.assert_close(found, pad(torch.cat([p.detach().flatten() for p in matrices]), (0, padding)))
+    momenta = [optimizer.state[piece]["momentum_buffer"] for optimizer, piece in zip(cut_up, pieces, strict=True)]
+    assert [len(m) for m in momenta] == [(len(flat) + padding) // processes] * processes
 
 
 @pytest.mark.parametrize(("their_precision", "apart"), [("float", 1e-4), ("bfloat16", 0.02)])

@@ -433,45 +433,50 @@ def stopped_in_step(count, arguments):
         return main(arguments)
 
 
+ZERO = [("muon", 1), ("adamw", 2), ("adamw", 3)]
+
+
 @pytest.fixture(scope="module")
 def by_two(tiny_task, tiny_corpus, cache, tmp_path_factory):
-    """Two processes' runs: `whole` is theirs from start to end, `zero2` and `zero3` one process began and is to end.
+    """Two processes' runs: `whole` is theirs from start to end, those of `ZERO` one process began and is to end.
 
-    One start of two processes makes all three, since starting takes most of the time.
+    One start of two processes makes all, since starting takes most of the time.
     """
     out = tmp_path_factory.mktemp("by_two")
     names = ["train", f"task={tiny_task}", f"corpus={tiny_corpus}", f"out={out}", f"cache={cache}", *RUN]
-    for stage in (2, 3):
-        assert stopped_in_step(27, [*names, f"run=zero{stage}", *zero(stage)]) == 128 + signal.SIGTERM
+    for optimizer, stage in ZERO:
+        run = f"run={optimizer}{stage}"
+        assert stopped_in_step(27, [*names, run, *zero(optimizer, stage)]) == 128 + signal.SIGTERM
     script = out / "two.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_trainer import *\n"
         "assert main([*sys.argv[1:], 'run=whole']) == 0\n"
-        "for stage in (2, 3):\n"
-        "    assert stopped_in_step(24, [*sys.argv[1:], f'run=zero{stage}', *zero(stage)]) == 143\n"
+        "for optimizer, stage in ZERO:\n"
+        "    run = f'run={optimizer}{stage}'\n"
+        "    assert stopped_in_step(24, [*sys.argv[1:], run, *zero(optimizer, stage)]) == 143\n"
     )
     done = launched(2, [str(script)], *names, PATH=without_compiler())
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
 
-def zero(stage, device="none"):
+def zero(optimizer, stage, device="none"):
     keys = f"stage={stage}", f"offload_optimizer.device={device}"
-    return ["optimizer=adamw", *(f"deepspeed.zero_optimization.{key}" for key in keys)]
+    return [f"optimizer={optimizer}", *(f"deepspeed.zero_optimization.{key}" for key in keys)]
 
 
 def test_two_processes_see_the_same_data_and_the_same_losses(by_two, finished):
     assert_same_losses(by_two / "whole", finished)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_goes_from_one_process_to_two_and_back(stage, by_two, plain, arguments):
+@pytest.mark.parametrize(("optimizer", "stage"), ZERO)
+def test_zero_goes_from_one_process_to_two_and_back(optimizer, stage, by_two, plain, finished, arguments):
     """The optimizer's pieces are cut anew: written by one and read by two, written by two and read by one."""
-    run = by_two / f"zero{stage}"
+    run = by_two / f"{optimizer}{stage}"
     newest = run / "ckpt" / (run / "ckpt" / "latest").read_text().strip()
     assert (newest.name, len(list(newest.glob("*optim_states.pt")))) == ("finetune-000011", 2)
-    assert main([*arguments, f"out={by_two}", f"run={run.name}", *zero(stage)]) == 0
-    assert_same_losses(run, plain)
+    assert main([*arguments, f"out={by_two}", f"run={run.name}", *zero(optimizer, stage)]) == 0
+    assert_same_losses(run, {"muon": finished, "adamw": plain}[optimizer])
 
 
 def test_a_run_begun_by_one_process_goes_on_with_four(arguments, finished, tmp_path):
@@ -532,10 +537,15 @@ def plain(tiny_task, tiny_corpus, cache, tmp_path_factory):
     return out / "plain"
 
 
-@pytest.mark.parametrize(("stage", "device"), [(1, "none"), (2, "cpu"), (3, "cpu")])
-def test_zero_gives_the_losses_and_norms_of_plain_training(stage, device, plain, arguments, tmp_path):
-    assert main([*arguments, "run=zero", *zero(stage, device)]) == 0
-    assert_same_losses(tmp_path / "zero", plain)
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "device"),
+    [("adamw", 1, "none"), ("adamw", 2, "cpu"), ("adamw", 3, "cpu"), ("muon", 2, "cpu")],
+)
+def test_zero_gives_the_losses_and_norms_of_plain_training(
+    optimizer, stage, device, plain, finished, arguments, tmp_path
+):
+    assert main([*arguments, "run=zero", *zero(optimizer, stage, device)]) == 0
+    assert_same_losses(tmp_path / "zero", {"muon": finished, "adamw": plain}[optimizer])
 
 
 def test_deepspeeds_adamw_gives_the_losses_of_ours_and_compiles_nothing(plain, arguments, tmp_path, monkeypatch):
@@ -549,10 +559,12 @@ def test_deepspeeds_adamw_gives_the_losses_of_ours_and_compiles_nothing(plain, a
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (["deepspeed.zero_optimization.stage=1"], "Muon"),
+        (["deepspeed.zero_optimization.stage=3"], "Muon"),
         (["optimizer=adamw", "deepspeed.zero_optimization.stage=7"], "DeepSpeed refuses"),
         (["optimizer=adamw", "deepspeed.zero_optimization.stage=3", "finetune.average=ema"], "finetune.average=none"),
         (["deepspeed.optimizer.type=OneBitAdam"], "OneBitAdam"),
+        (["deepspeed.gradient_cliping=3"], "did you mean deepspeed.gradient_clipping?"),
+        (["deepspeed.qqq=3"], "deepspeed.qqq: DeepSpeed knows no such key; remove it"),
         (["deepspeed.zero_optimization.zero_quantized_gradients=true"], "on a GPU only"),
         (["data.text_column=body"], "body"),
         (["corpus=absent-corpus"], "absent-corpus"),

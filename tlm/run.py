@@ -167,7 +167,11 @@ def git_commit() -> str | None:
     """The commit of the checkout that this file lies in, read without calling git."""
     git = Path(__file__).resolve().parent.parent / ".git"
     try:
-        head = (git / "HEAD").read_text().strip()
+        if git.is_file():  # of `git worktree`: names its own folder, which names the one that all share
+            own = Path(git.read_text().removeprefix("gitdir:").strip())
+            head, git = (own / "HEAD").read_text().strip(), own / (own / "commondir").read_text().strip()
+        else:
+            head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
         reference = head.removeprefix("ref: ")

@@ -50,8 +50,10 @@ def turns(ready: Callable[[], dict[str, Callable]], each: Callable[[Callable], f
     yield
     with torch.inference_mode():
         calls = ready()
-        while True:
-            yield {name: each(function) for name, function in calls.items()}
+    while True:
+        with torch.inference_mode():  # left before a yield: it would hold for whoever asked
+            taken = {name: each(function) for name, function in calls.items()}
+        yield taken
 
 
 # --- one product ----------------------------------------------------------------------------------------------------

@@ -174,3 +174,28 @@ def test_all_losses_use_the_same_cross_entropy(model):
     logits = model.mlm_logits(model(weighted.batch)[weighted.batch.masked])
     expected = F.cross_entropy(logits, weighted.batch.masked_tokens)
     assert step_loss(model, [micro], objective()).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_each_source_is_masked_at_its_own_rate():
+    masking, text = Masking(0.5, VOCABULARY, ORDINARY, MASK, seed=7, task_rate=0.1), np.full(4000, 9)
+    for name, rate in ((EXTERNAL, 0.5), (TASK, 0.1)):
+        assert (masking(text, name, 0)[1] != IGNORE).mean() == pytest.approx(rate, abs=0.03)
+
+
+def test_tokens_are_hidden_where_nothing_is_asked_of_them():
+    hiding = Masking(0.3, VOCABULARY, ORDINARY, MASK, seed=7)
+    micro = mixture(6, rho1=0).micro_batch(0)
+    plain, hidden = (Objective({TASK: SOURCES[TASK]}, 0.0, None, h).step([micro])[0] for h in (None, hiding))
+    assert (plain.batch.tokens != MASK).all()
+    assert (hidden.batch.tokens == MASK).any()
+    assert not len(hidden.batch.masked)
+    assert hidden.mlm == 0.0
+
+
+def test_offsets_are_added_to_the_logits_in_training(model):
+    offsets = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    (weighted,) = objective(mlm_weight=0.0, rate=0).step([mixture(6, rho1=0).micro_batch(1)])
+    logits = model.classify(model(weighted.batch), weighted.batch)
+    expected = F.cross_entropy(logits + offsets, weighted.batch.labels, reduction="sum")
+    found = Losses(model, offsets)(weighted.batch, False, True)[1]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)

@@ -124,6 +124,11 @@ class StageConfig:
     average: str = key("none", "mean of the weights over steps, scored and handed on: none, ema or last (plain mean)")
     average_share: float = key(0.1, "share of the steps that last takes; ema's decay is 1 - 1/(their number)")
 
+    @property
+    def embedding_lr(self) -> float:
+        """Peak learning rate of the token embeddings."""
+        return self.embedding_share * self.lr
+
 
 @dataclass
 class JointConfig(StageConfig):

@@ -270,9 +270,7 @@ def whole(model: Transformer) -> Transformer:
 def set_rates(engine, stage: StageConfig, share: float) -> None:
     """Give each parameter group `share` of its peak learning rate."""
     for group in engine.optimizer.param_groups:
-        embeddings = group["rate"] == "embedding_lr"
-        peak = stage.lr * stage.embedding_share if embeddings else getattr(stage, group["rate"])
-        group["lr"] = peak * share
+        group["lr"] = share * getattr(stage, group["rate"])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +223,18 @@ def test_deepspeed_trains_with_each_optimizer(kind):
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     engine.destroy()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_rates_by_group(kind):
+    """Token embeddings at their share of lr, the layers' matrices at Muon's rate where it has them, the rest at lr."""
+    net, stage = model(), StageConfig(lr=0.5, matrix_lr=4.0, embedding_share=0.25)
+    optimizer = build_optimizer(net, kind, 0.0)
+    engines.set_rates(SimpleNamespace(optimizer=optimizer), stage, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in net.named_parameters():
+        embeddings, matrix = "tok_embeddings" in name, ".layers." in name and parameter.ndim == 2
+        assert rates[id(parameter)] == (0.0625 if embeddings else 2.0 if matrix and kind == "muon" else 0.25), name
 
 
 def test_orthogonalise_brings_singular_values_near_one():

@@ -14,7 +14,8 @@ RECIPES = {
     "last": ["optimizer=adamw8bit", "model.hidden=64", "joint.batch_ramp=0.3", "joint.average=last",
              "finetune.average=last", "joint.average_share=0.5", "finetune.average_share=0.5"],
     "muon": ["deepspeed.zero_optimization.stage=1", "joint.average=ema"],
-    "zero": ["optimizer=adamw8bit", "model.hidden=64", "deepspeed.zero_optimization.stage=2", "joint.average=ema"],
+    "zero1": ["optimizer=adamw8bit", "model.hidden=64", "deepspeed.zero_optimization.stage=1", "joint.average=last"],
+    "zero2": ["optimizer=adamw8bit", "model.hidden=64", "deepspeed.zero_optimization.stage=2", "joint.average=ema"],
 }  # fmt: skip
 
 

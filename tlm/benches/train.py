@@ -47,7 +47,9 @@ from tlm.progress import Progress
 from tlm.run import environment, write_json
 from tlm.tokenizer import CLS, MASK, PAD, SEP, SPECIALS
 
-JOINT = JointConfig(external_per_task=3)  # the defaults of `tlm train` but for the mixture: that of the kept figures
+# The defaults of `tlm train`, but for the mixture, that of the kept figures, and masks, as many as those of the rivals'
+# own collator.
+JOINT = JointConfig(external_per_task=3, mask_rate=0.15)
 CYCLE = JOINT.external_per_task + 1  # steps from one task batch to the next
 NEVER = 10**9  # external batches before the task's turn, where there is no task
 HEAD_DIM = 64  # of attention, as in ModernBERT

@@ -188,8 +188,9 @@ class TrainerConfig(RunConfig):
         "fp32",
         "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone fp8-tensorwise, "
         "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), fp8-delayed, mxfp8, int8, ternary or binary (emulated "
-        "on a CPU)",
+        "on a CPU); nf4, fp4 or int8-weight: the encoder of init_from= frozen in so few bits, beside adapters (a CPU)",
     )
+    rank: int = key(8, "of the adapters (LoRA) that train beside an encoder frozen by precision=")
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(
@@ -299,7 +300,9 @@ class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     data: DataConfig = group(DataConfig)
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -322,7 +325,9 @@ class EvalConfig:
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     threads: int = key(0, "CPU threads (0: all cores)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -626,6 +631,7 @@ def sha256(config: Any) -> str:
 
 # Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
 RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+BASES = ("nf4", "fp4", "int8-weight")  # frozen, of tlm/lowbit/adapters.py
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
@@ -640,7 +646,7 @@ CHOICES = {
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16", *RECIPES),
+    "precision": ("fp32", "bf16", *RECIPES, *BASES),
     "spike": ("rewind", "skip", "stop", "log"),
     "quant": ("int8", "nf4", "onnx-int8", "packed"),
     "boards": ("tensorboard", "wandb", "mlflow"),
@@ -662,7 +668,7 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
     "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
-    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
+    "rank": 1, "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
     "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,

@@ -179,6 +179,7 @@ REQUIRED = {
     "bench train": ("task",),
     "bench retrieval": ("task",),
     "bench resume": ("task",),
+    "bench quant": ("runs",),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {

@@ -428,10 +428,24 @@ class KernelsConfig:
     length: int = key(128, "model: tokens a text")
     vocabulary: int = key(8192, "model: number of word pieces")
     parameters: list[int] = field(
-        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions; up to 28 bytes each, a process a rival"}
+        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions, one after the other; 200 take 10 GB"}
     )
     seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
     seed: int = key(0, "seed of everything random")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class QuantConfig:
+    runs: list[str] = field(default_factory=list, metadata={"help": "folders of finished runs that classify"})
+    forms: list[str] = field(
+        default_factory=lambda: ["fp32", "int8", "nf4", "ternary", "onnx-int8"],
+        metadata={"help": "what each is turned into, without training; the first is what the others are held against"},
+    )
+    batch: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "dev texts a call"})
+    seconds: int = key(10, "seconds of rounds for each run, begun ones finished; at least 3 rounds")
+    out: str | None = key(None, "JSON file for all figures, written anew after each run")
+    seed: int = key(0, "seed of the texts that are timed")
     threads: int = key(0, "CPU threads (0: all cores)")
 
 

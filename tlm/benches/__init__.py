@@ -6,5 +6,6 @@ BENCHES = {  # name: what it does, and the class in config.py that lists its key
     "resume": ("runs that are killed at random instants, against one that was not", "BenchConfig"),
     "kernels": ("the CPU kernels beside those of torch, ONNX Runtime and bitsandbytes", "KernelsConfig"),
     "gpu-kernels": ("FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU", "GpuKernelsConfig"),
+    "quant": ("trained runs in fewer bits: scores on dev, size, latency, throughput", "QuantConfig"),
     "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

@@ -180,6 +180,7 @@ REQUIRED = {
     "bench retrieval": ("task",),
     "bench resume": ("task",),
     "bench quant": ("runs",),
+    "bench lowbit": ("task", "corpus"),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {

@@ -17,6 +17,10 @@ from typing import Any
 
 from tasks.errors import InputError
 
+# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
+RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+BASES = ("nf4", "fp4", "int8-weight")  # frozen, of tlm/lowbit/adapters.py
+
 
 def key(default: Any, help: str) -> Any:
     """A configuration field with its one line of help."""
@@ -450,6 +454,23 @@ class QuantConfig:
 
 
 @dataclass
+class LowbitConfig:
+    task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    recipes: list[str] = field(
+        default_factory=lambda: list(RECIPES), metadata={"help": "what precision= is set to, beside fp32"}
+    )
+    seeds: int = key(3, "runs of a recipe on a task, seeds 0, 1, ...")
+    budget: float = key(3e12, "FLOPs a run, counted as those of fp32 products")
+    settings: list[str] = field(
+        default_factory=list, metadata={"help": "key=value of `tlm train` for all runs alike, such as spike=log"}
+    )
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    out: str = key("runs/lowbit", "folder of the runs, TASK/RECIPE-SEED, and of lowbit.json")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+
+
+@dataclass
 class RecipeConfig:
     name: str = key("", "name of the recipe; another recipe, or other code, needs another name")
     recipe: list[str] = field(
@@ -643,9 +664,6 @@ def sha256(config: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
-RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
-BASES = ("nf4", "fp4", "int8-weight")  # frozen, of tlm/lowbit/adapters.py
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),

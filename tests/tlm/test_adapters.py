@@ -238,3 +238,14 @@ def test_without_bitsandbytes_it_is_one_sentence(arguments, tmp_path, monkeypatc
     assert main([*arguments, "run=refused"]) == 2
     assert "bitsandbytes is missing, whose numbers these are; pip install" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+def test_pieces_of_zero_3_train_alike(arguments, tmp_path):
+    """Between the stages a model is put together anew: what was frozen stays so."""
+    for stage in (0, 3):
+        more = ["optimizer=adamw", f"deepspeed.zero_optimization.stage={stage}", f"run=zero-{stage}"]
+        assert main([*arguments, *more]) == 0
+    plain, pieces = (load_file(tmp_path / f"zero-{stage}" / "model" / "model.safetensors") for stage in (0, 3))
+    assert all(torch.equal(plain[name], pieces[name]) for name in plain if plain[name].dtype == torch.uint8)
+    for name in plain:
+        torch.testing.assert_close(pieces[name], plain[name], rtol=1e-3, atol=1e-5)

@@ -42,8 +42,8 @@ def outside_layers(name: str, linear: nn.Linear) -> str | None:
 
 def convert(model: nn.Module, recipe: str, leave: Leave = outside_layers, rank: int = 0) -> Conversion:
     """Put a lowbit.Linear in the place of every nn.Linear that is not left; parameters stay the same objects, under the
-    same names. For a frozen base an empty Adapted, with adapters of `rank`. Raises InputError for an unknown recipe, or
-    where nothing would be converted."""
+    same names. For a frozen base an empty Adapted, with adapters of `rank`; the rest of the encoder is frozen, too.
+    Raises InputError for an unknown recipe, or where nothing would be converted."""
     if recipe not in (*RECIPES, *BASES):
         raise InputError(f"precision={recipe}: no such recipe; use one of {', '.join((*RECIPES, *BASES))}")
     converted, left = [], {}
@@ -60,6 +60,9 @@ def convert(model: nn.Module, recipe: str, leave: Leave = outside_layers, rank: 
             f"precision={recipe}: no matrix of the layers has {SMALLEST} inputs and outputs or more, so that nothing "
             "would change; set precision=fp32 or choose a larger model"
         )
+    if recipe in BASES:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains(name))
     return Conversion(recipe, tuple(converted), left)
 
 
@@ -95,8 +98,6 @@ def adapt(model: nn.Module, base: str, rank: int, generator: torch.Generator | N
     model.conversion = convert(model, base, rank=rank)
     for name, module in adapters(model).items():
         module.freeze(weights[f"{name}.weight"], generator)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name))
     model.shape = replace(model.shape, recipe=base, rank=rank)
     return model.conversion
 

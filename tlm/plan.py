@@ -225,7 +225,7 @@ def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_
 
 def start_flops(config: TrainConfig) -> int:
     """Of the embeddings' start, where as many words are counted as may be."""
-    if config.init.method == "random":
+    if config.init.method == "random" or config.init_from:
         return 0
     return warmstart.flops(config.tokenizer.vocabulary, config.model.hidden, config.init.max_words)
 

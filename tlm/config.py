@@ -434,6 +434,7 @@ class KernelsConfig:
     parameters: list[int] = field(
         default_factory=lambda: [5, 50], metadata={"help": "adamw: millions, one after the other; 200 take 10 GB"}
     )
+    torchao: bool = key(False, "adamw: torchao's 8-bit step as well, which is compiled for minutes before the first")
     seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")

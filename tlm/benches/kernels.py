@@ -242,8 +242,10 @@ def bitsandbytes() -> Callable:
 
 
 def torchao() -> Callable:
-    from torchao.optim import AdamW8bit
-
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise InputError("torchao=true: torchao is missing; pip install torchao, or leave the key out") from None
     return partial(AdamW8bit, lr=1e-3)
 
 
@@ -251,7 +253,7 @@ def adamw_case(config: KernelsConfig, progress: Progress) -> Iterator[dict]:
     kinds = {"torch fused fp32": fused, "tlm 8-bit": eight_bits}
     if importlib.util.find_spec("bitsandbytes"):
         kinds["bitsandbytes 8-bit"] = bitsandbytes
-    if importlib.util.find_spec("torchao"):
+    if config.torchao:
         kinds["torchao 8-bit"] = torchao
     for millions in config.parameters:  # one after the other: memory is that of the largest
         contestants = {name: partial(steps, millions, kind) for name, kind in kinds.items()}

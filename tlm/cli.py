@@ -179,6 +179,8 @@ REQUIRED = {
     "bench train": ("task",),
     "bench retrieval": ("task",),
     "bench resume": ("task",),
+    "bench quant": ("runs",),
+    "bench lowbit": ("task", "corpus"),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {

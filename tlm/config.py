@@ -17,6 +17,10 @@ from typing import Any
 
 from tasks.errors import InputError
 
+# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
+RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+BASES = ("nf4", "fp4", "int8-weight")  # frozen, of tlm/lowbit/adapters.py
+
 
 def key(default: Any, help: str) -> Any:
     """A configuration field with its one line of help."""
@@ -193,8 +197,9 @@ class TrainerConfig(RunConfig):
         "fp32",
         "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone fp8-tensorwise, "
         "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), fp8-delayed, mxfp8, int8, ternary or binary (emulated "
-        "on a CPU)",
+        "on a CPU); nf4, fp4 or int8-weight: the encoder of init_from= frozen in so few bits, beside adapters (a CPU)",
     )
+    rank: int = key(8, "of the adapters (LoRA) that train beside an encoder frozen by precision=")
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(
@@ -304,7 +309,9 @@ class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     data: DataConfig = group(DataConfig)
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -327,7 +334,9 @@ class EvalConfig:
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     threads: int = key(0, "CPU threads (0: all cores)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -428,11 +437,43 @@ class KernelsConfig:
     length: int = key(128, "model: tokens a text")
     vocabulary: int = key(8192, "model: number of word pieces")
     parameters: list[int] = field(
-        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions; up to 28 bytes each, a process a rival"}
+        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions, one after the other; 200 take 10 GB"}
     )
+    torchao: bool = key(False, "adamw: torchao's 8-bit step as well, which is compiled for minutes before the first")
     seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class QuantConfig:
+    runs: list[str] = field(default_factory=list, metadata={"help": "folders of finished runs that classify"})
+    forms: list[str] = field(
+        default_factory=lambda: ["fp32", "int8", "nf4", "ternary", "onnx-int8"],
+        metadata={"help": "what each is turned into, without training; the first is what the others are held against"},
+    )
+    batch: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "dev texts a call"})
+    seconds: int = key(10, "seconds of rounds for each run, begun ones finished; at least 3 rounds")
+    out: str | None = key(None, "JSON file for all figures, written anew after each run")
+    seed: int = key(0, "seed of the texts that are timed")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class LowbitConfig:
+    task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    recipes: list[str] = field(
+        default_factory=lambda: list(RECIPES), metadata={"help": "what precision= is set to, beside fp32"}
+    )
+    seeds: int = key(3, "runs of a recipe on a task, seeds 0, 1, ...")
+    budget: float = key(3e12, "FLOPs a run, counted as those of fp32 products")
+    settings: list[str] = field(
+        default_factory=list, metadata={"help": "key=value of `tlm train` for all runs alike, such as spike=log"}
+    )
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    out: str = key("runs/lowbit", "folder of the runs, TASK/RECIPE-SEED, and of lowbit.json")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
 
 
 @dataclass
@@ -629,8 +670,6 @@ def sha256(config: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
-RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
@@ -645,7 +684,7 @@ CHOICES = {
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16", *RECIPES),
+    "precision": ("fp32", "bf16", *RECIPES, *BASES),
     "spike": ("rewind", "skip", "stop", "log"),
     "quant": ("int8", "nf4", "onnx-int8", "packed"),
     "boards": ("tensorboard", "wandb", "mlflow"),
@@ -667,7 +706,7 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
     "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
-    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
+    "rank": 1, "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
     "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,

@@ -113,7 +113,7 @@ EXTRAS = {
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
-    "lowbit": "for optimizer=adamw8bit and precision=fp8-* on a GPU, and quant=int8 and nf4 of tlm export",
+    "lowbit": "on a GPU for optimizer=adamw8bit and precision=fp8-*; for precision=nf4 and quant=nf4 and their like",
     "onnx": "for quant=onnx-int8 of tlm export",
     "boards": "for boards=wandb and boards=mlflow",
     "test": "for make test",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.errors import InputError
-from tlm.config import TrainConfig
+from tlm.config import BASES, TrainConfig
 from tlm.evaluate import TOKENS_PER_BATCH, batches_by_length, prediction_lines, scores, test_scores
 from tlm.ledger import Ledger
 from tlm.mixture import TASK, Mixture
@@ -27,6 +27,8 @@ MULTIPLE = 8  # texts are padded to a multiple of this, so that few shapes are c
 
 def finetune(config: TrainConfig, progress: Progress) -> dict:
     """One run, from files to `summary.json`; returns the summary. Raises InputError if there is no such checkpoint."""
+    if config.precision in BASES:
+        raise InputError(f"precision={config.precision}: does not go with init_from=hf:FOLDER; leave it out")
     task, stage, ledger = open_task(config.task, config.data), config.finetune, Ledger()
     run = Run(Path(config.out) / config.run, config)
     if run.summary_path.exists():

@@ -29,6 +29,7 @@ from tlm.config import PretrainConfig
 from tlm.engine import World
 from tlm.instances import Instances, open_instances, pool_sha256
 from tlm.ledger import Ledger
+from tlm.lowbit import num_parameters
 from tlm.mixture import TASK, order
 from tlm.model import ModelShape, Transformer
 from tlm.objectives import Source
@@ -361,7 +362,7 @@ def finish(config, run, model, ledger, last: Stage, prepared: PreparedPool, worl
         "model": describe_model(model) | {"attention": model.shape.attention},
         "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
         "selection": {"folder": str(selection.folder), **selection.manifest} if selection else None,
-        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
+        "cost": ledger.cost(num_parameters(model), config.price_per_hour),
         "init_from": {"folder": config.init_from, "cost": cost_of(config.init_from)} if config.init_from else None,
         "config_sha256": run.config_sha256,
         "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),

@@ -23,7 +23,7 @@ from tasks.prompts import Prompt, Prompted, listed, render
 from tlm.batches import IGNORE, Batch, pack
 from tlm.instances import Instances
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture, uniforms
-from tlm.model import ModelShape, forward_flops
+from tlm.model import ModelShape, training_flops
 from tlm.objectives import Losses, Source, Weighted, parts
 from tlm.task_mixture import TaskMixture
 from tlm.tokenizer import CLS, SEP, Encoder
@@ -177,7 +177,7 @@ class PromptedObjective:
 
     def flops(self, source: str, shape: ModelShape) -> float:
         lengths = self.sources[source].lengths - (source == EXTERNAL)
-        return 3 * forward_flops(shape, lengths, self.prompts.answers.sum() if source == TASK else lengths.sum())
+        return training_flops(shape, lengths, self.prompts.answers.sum() if source == TASK else lengths.sum())
 
     def losses(self, model: nn.Module) -> nn.Module:
         return NextTokenLosses(model)

@@ -113,6 +113,7 @@ EXTRAS = {
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
+    "ama": "for the LabelModel of votes= of tlm eval",
     "lowbit": "for optimizer=adamw8bit and precision=fp8-* on a GPU, and quant=int8 and nf4 of tlm export",
     "onnx": "for quant=onnx-int8 of tlm export",
     "boards": "for boards=wandb and boards=mlflow",

@@ -7,11 +7,13 @@ cross-entropy over an instance's choices. W starts at zero, so that the first sc
 on 5 pairs a second, one thread: too slow to learn anything.
 
 Examples, templates and held-out tasks are those of a generative run; tasks without choices are left out. There is one
-process and no DeepSpeed, but a run that was stopped goes on from its last checkpoint and ends the same, to the bit.
+process on a CPU, AdamW and no DeepSpeed, and no answer to loss spikes; but a run that was stopped goes on from its last
+checkpoint and ends the same, to the bit.
 """
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -48,8 +50,8 @@ MOST_CHOICES = 32  # of an instance that train: the right one and others, drawn 
 TOKENS_AT_ONCE = 2048  # texts of like length are padded together, about so many tokens
 LOG_EVERY = 10  # steps
 UNHEEDED = (
-    "corpus", "attention", "precision", "compile", "micro_batch", "deepspeed", "pool.soft", "pool.long_answers",
-    "joint.average", "joint.keep_at", "activation_checkpointing",
+    "corpus", "attention", "device", "precision", "compile", "activation_checkpointing", "micro_batch", "deepspeed",
+    "pool.soft", "pool.long_answers", "joint.average", "joint.keep_at",
 )  # fmt: skip
 
 
@@ -153,6 +155,8 @@ def refuse_unheeded(config: PretrainConfig) -> None:
     for name in UNHEEDED:
         if given[name] != default[name]:
             raise InputError(f"{name}={given[name]}: a checkpoint of transformers trains without it; leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"init_from={config.init_from}: a checkpoint of transformers trains in one process; start one")
 
 
 def open_encoder(folder: str, dropout: float):

@@ -110,7 +110,7 @@ def search(
     rng: random.Random,
 ) -> dict[Genes, tuple[float, ...]]:  # fmt: skip
     """Every prompt that was judged, with its fitness. The fittest so far are the parents of each generation."""
-    known = {genes: fitness(genes) for genes in begin([as_prompt(genes) for genes in own], max(population, 2), rng)}
+    known = {genes: fitness(genes) for genes in begin([as_prompt(genes) for genes in own], population, rng)}
     for _ in range(generations):
         parents = sorted(known, key=known.get, reverse=True)[: max(2, population // 2)]
         children: dict[Genes, None] = {}

@@ -380,7 +380,8 @@ def table(result: dict):
         table.add_row(category, str(max(s["tasks"] for s in scores.values())), *(cell(scores.get(n)) for n in names))
     table.caption = (
         f"percent; {', '.join(n for n in ACCURACIES if n in names)}: accuracy of choices over chance, "
-        "(accuracy - chance) / (1 - chance); after ± half the 95% interval, over tasks and instances"
+        "(accuracy - chance) / (1 - chance); gain: points of accuracy over the mean prompt; after ± half the 95% "
+        "interval, over tasks and instances"
     )
     return table
 

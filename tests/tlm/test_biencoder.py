@@ -104,6 +104,7 @@ def test_it_learns_and_leaves_what_other_runs_leave(run):
     assert {k: v for k, v in summary["dev"].items() if k != "step"} == {k: lines[-1][k] for k in ("loss", "accuracy")}
     shown = json.loads((run / "model" / "pool.json").read_text())
     assert shown["seen"] == {"theme": "topics"}
+    assert main(["report", str(run), f"out={run.parent / 'report.html'}"]) == 0
 
 
 def test_it_is_scored_as_other_runs_are(run, pool_folder, pool_cache, capsys):
@@ -148,7 +149,7 @@ def test_a_budget_is_kept(checkpoint, pool_folder, pool_cache, tmp_path):
     assert 0.5e9 < summary["cost"]["flops"] < 1.1e9  # what several instances offer is encoded once
 
 
-def test_what_it_cannot_do_is_one_sentence(run, checkpoint, pool_folder, pool_cache, tmp_path, capsys):
+def test_what_it_cannot_do_is_one_sentence(run, checkpoint, pool_folder, pool_cache, tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
     decoder = shutil.copytree(checkpoint, tmp_path / "decoder")
     small = transformers.GPT2Config(vocab_size=500, n_embd=32, n_layer=1, n_head=2, n_positions=64)
@@ -158,12 +159,17 @@ def test_what_it_cannot_do_is_one_sentence(run, checkpoint, pool_folder, pool_ca
         (tmp_path, [], "no checkpoint there"),
         (checkpoint, ["pool.soft=2"], "pool.soft=2"),
         (checkpoint, ["attention=causal"], "attention=causal"),
+        (checkpoint, ["device=cuda"], "device=cuda"),
         (checkpoint, ["budget=1"], "budget=1"),
     ]
     for folder, more, told in cases:
         assert pretrain(folder, pool_folder, pool_cache, tmp_path / "out", *more) == 2
         assert told in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        assert pretrain(checkpoint, pool_folder, pool_cache, tmp_path / "out") == 2
+    assert "one process" in capsys.readouterr().err
     cut = shutil.copytree(run, tmp_path / "cut")
     head = cut / "model" / "head.safetensors"
     head.write_bytes(head.read_bytes()[:50])

@@ -27,6 +27,8 @@ def test_the_label_model_trusts_whom_the_others_bear_out():
     assert accuracy > 0.9
     np.testing.assert_array_equal(shares, label_model(votes, 3))
     assert label_model(votes, 1).tolist() == [[1.0]] * 400
+    for same in (np.zeros((20, 5), int), np.zeros((1, 3), int), np.full((20, 3), 2)):  # nobody ever disagrees
+        assert (label_model(same, 3).argmax(1) == same[:, 0]).all()
 
 
 def test_a_run_is_asked_under_many_prompts(pretrained, pool_folder, pool_cache, capsys):

@@ -177,7 +177,7 @@ class Counter:
 
         shape = tuple(batch["input_ids"].shape)
         if shape not in self.known:
-            with torch.no_grad(), FlopCounterMode(display=False) as mode:
+            with torch.random.fork_rng([]), torch.no_grad(), FlopCounterMode(display=False) as mode:  # dropout draws
                 self.model(**batch)
             self.known[shape] = mode.get_total_flops()
         return self.known[shape]

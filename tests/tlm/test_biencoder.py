@@ -15,7 +15,7 @@ from tlm.biencoder import BiEncoder, fewer, open_encoder
 from tlm.cli import main
 
 KEYS = ["joint.steps=40", "joint.batch=6", "joint.eval_every=20", "joint.dev=20", "joint.lr=1e-2", "threads=1",
-        "checkpoint_seconds=0", "pool.choices=unlisted", "pool.categories=[topics]"]  # fmt: skip
+        "checkpoint_seconds=0", "pool.choices=unlisted", "pool.categories=[topics]", "model.dropout=0.1"]  # fmt: skip
 
 
 def pretrain(checkpoint, pool_folder, pool_cache, out, *more):

@@ -323,9 +323,36 @@ class EvalConfig:
     limit: int | None = key(None, "score at most so many instances of a task")
     by: str = key("auto", "choices, generation, or auto: choices where a task has them")
     answer_tokens: int = key(32, "of generation: tokens of an answer at most")
+    votes: int = key(
+        0,
+        "ask each instance under so many prompts, its task's own and mutations of them, and combine their votes: "
+        "RUN/votes.json",
+    )
+    rule: str = key("sum", "by which a prompt votes: sum, byte or unconditional (a bi-encoder has but one)")
     twin: int = key(
         0, "score the choices of so many instances again, each choice alone, and tell how much slower it is"
     )
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: the pool's instances")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class SearchConfig:
+    pool: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")
+    categories: list[str] = field(
+        default_factory=lambda: ["heldout"], metadata={"help": "of the pool: by name, or heldout for all held out"}
+    )
+    seen: bool = key(False, "search for tasks of categories that the run was trained on as well")
+    most_tasks: int | None = key(20, "search for at most so many tasks, drawn by the seed")
+    shots: int = key(16, "instances of a task's train split that a prompt is judged by")
+    labels: bool = key(
+        True, "judge by right answers; false: by the mutual information of inputs and choices, unlabelled"
+    )
+    population: int = key(8, "prompts a generation")
+    generations: int = key(4, "generations after the first, which has the task's own prompts")
+    rule: str = key("sum", "what scores choices: sum, byte or unconditional (a bi-encoder has but one)")
+    limit: int | None = key(None, "score the prompts found on at most so many test instances of a task")
+    seed: int = key(0, "seed of the search")
     cache: str = key("~/.cache/tlm", "folder of what can be made again: the pool's instances")
     threads: int = key(0, "CPU threads (0: all cores)")
 
@@ -373,7 +400,13 @@ class PoolBuildConfig:
     bigbench: str | None = key(
         None, "bigbench-1.0.0.tar.gz (`pip download --no-deps bigbench==1.0.0`), or the folder unpacked from it"
     )
-    evals: str | None = key(None, "folder registry/data of the package evals (found where the package is installed)")
+    evals: str | None = key(
+        None, "folder registry/data of the package evals (found where the package is installed, unless hub= is given)"
+    )
+    hub: list[str] = field(
+        default_factory=list,
+        metadata={"help": "collections on the hub: p3, super_natural_instructions, flan, glue, superglue, bigbench"},
+    )
 
 
 @dataclass
@@ -385,10 +418,13 @@ class DoctorConfig:
 class BenchConfig:
     task: str = key("", "the task whose texts are used: a folder, a file, a catalog name or hf:name")
     corpus: str | None = key(None, "general text, selected as in tlm train (absent: the task's texts, without labels)")
+    pool: str | None = key(None, "of case multitask: a pool of prompted tasks; task= is then for the other cases")
     out: str | None = key(None, "JSON file for all figures, written anew after each case")
     cases: list[str] = field(
         default_factory=lambda: ["mlm", "joint", "parts", "growth"],
-        metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
+        metadata={
+            "help": "mlm, joint, multitask (steps beside the rivals'), parts (of our step), growth (of time and memory)"
+        },
     )
     engines: list[str] = field(
         default_factory=lambda: ["bm25", "bm25s", "lucene"],
@@ -696,6 +732,7 @@ CHOICES = {
     "finetune.head": ("fresh", "keep"),
     "split": ("dev", "test"),
     "by": ("auto", "choices", "generation"),
+    "rule": ("sum", "byte", "unconditional"),
 }
 # Smallest value that makes sense; what is not here may be anything of its type.
 AT_LEAST = {
@@ -712,7 +749,8 @@ AT_LEAST = {
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
     "queries": 1, "tries": 1, "checkpoints": 1, "pretraining": 0.01, "examples": 0, "pool.tasks": 1,
     "pool.per_task": 1, "pool.task_cap": 1, "pool.temperature": 1, "pool.templates": 1, "pool.soft": 0,
-    "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0,
+    "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0, "votes": 0,
+    "most_tasks": 1, "shots": 1, "population": 2, "generations": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "length": 8, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
     "rounds": 1,
@@ -745,6 +783,8 @@ def validate(config: Any) -> Any:
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and not flat[name] >= least:  # nor is NaN
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
+    if flat.get("votes") in (1, 2):
+        raise InputError(f"votes={flat['votes']}: must be 3 or more, as from fewer nothing is learnt about each")
     for name, most in AT_MOST.items():
         if flat.get(name, most) > most:
             raise InputError(f"{name}={flat[name]}: must be at most {most}")

@@ -113,6 +113,7 @@ EXTRAS = {
     "bm25s": "for retrieval.engine=bm25s",
     "embedding": "for retrieval.selector=embedding",
     "ray": "for retrieval.cluster",
+    "ama": "for the LabelModel of votes= of tlm eval",
     "lowbit": "on a GPU for optimizer=adamw8bit and precision=fp8-*; for precision=nf4 and quant=nf4 and their like",
     "onnx": "for quant=onnx-int8 of tlm export",
     "boards": "for boards=wandb and boards=mlflow",

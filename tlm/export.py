@@ -56,6 +56,8 @@ def export_run(run: str, out: str, quant: str | None = None) -> int:
         raise InputError(f"{run}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
     if summary["arm"] == "tfidf":
         raise InputError(f"{run}: is TF-IDF with logistic regression, no model for transformers; name a neural run")
+    if summary["arm"] == "bi-encoder":
+        raise InputError(f"{run}: is a bi-encoder, whose encoder transformers opens as it is: {run}/model/encoder")
     if summary["arm"] == "pretraining":
         raise InputError(
             f"{run}: knows no labels, it was made to start from; name a run that does (init_from={run}/model)"

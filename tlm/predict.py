@@ -41,6 +41,8 @@ def open_run(folder: str | Path, threads: int = 0, device: str = "auto", precisi
     labels = tuple(summary["labels"])
     if summary["arm"] == "tfidf":
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
+    if summary["arm"] == "bi-encoder":
+        raise InputError(f"{folder}: chooses answers to prompts, without labels of its own; give `tlm eval` a pool=")
     if "attention" in summary["model"]:
         raise InputError(f"{folder}: is a generative run, without labels of its own; give `tlm eval` a pool=")
     if summary["arm"] == "pretraining":

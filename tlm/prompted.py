@@ -9,6 +9,7 @@ A prompt that is too long loses its beginning, as in lm-eval, since templates as
 the window at most.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +138,12 @@ class PromptSource:
         instance = self.instances[row]
         prompted = rendered(instance, self.prompts[instance.task][template])
         return self.reader.example(prompted, instance.task if own else None)
+
+
+def chosen_prompt(instance: Instance, task: PoolTask, choices: str, most: int | None) -> Prompt:
+    """One of the task's, drawn by the instance's name."""
+    prompts = variants(task, choices, most)
+    return prompts[zlib.crc32(instance.id.encode()) % len(prompts)]
 
 
 def rendered(instance: Instance, prompt: Prompt) -> Prompted:

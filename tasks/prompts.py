@@ -117,7 +117,7 @@ def listed(prompts: Sequence[Prompt], wanted: bool) -> tuple[Prompt, ...]:
     if not wanted:
         return tuple(prompt for prompt in prompts if not prompt.lists_choices)
     front = "Possible answers:\n{{ choices }}\n\n"
-    return tuple(p if p.lists_choices else replace(p, template=front + _as_jinja(p.template)) for p in prompts)
+    return tuple(p if p.lists_choices else replace(p, template=front + as_jinja(p.template)) for p in prompts)
 
 
 def version(prompts: Sequence[Prompt]) -> str:
@@ -151,13 +151,13 @@ _SANDBOX = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
 _SANDBOX.globals.clear()  # of Jinja's own: range, lipsum, cycler ...
 
 
-def _as_jinja(template: str) -> str:
+def as_jinja(template: str) -> str:
     return template if any(mark in template for mark in _JINJA_MARKS) else _SHORT.sub(r"{{ \1 }}", template)
 
 
 @lru_cache(maxsize=4096)
 def _compiled(template: str) -> Template:
-    return _SANDBOX.from_string(_as_jinja(template))
+    return _SANDBOX.from_string(as_jinja(template))
 
 
 def _render(prompt: Prompt, input: str, words: Sequence[str] | None) -> str:
@@ -169,6 +169,14 @@ def _render(prompt: Prompt, input: str, words: Sequence[str] | None) -> str:
         return _compiled(prompt.template).render(data)
     except Exception as error:  # a template is a program of the user's: whatever it raises is its own fault
         raise InputError(f"{_quoted(prompt.template)} cannot be rendered: {error}") from error
+
+
+def fill(template: str, record: dict) -> str:
+    """Words around the fields of a record, `{{ field }}`. Raises InputError for one that it has not."""
+    try:
+        return _compiled(template).render(record)
+    except Exception as error:
+        raise InputError(f"{_quoted(template)} cannot be filled from {', '.join(record)}: {error}") from error
 
 
 def _quoted(template: str) -> str:

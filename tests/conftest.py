@@ -146,3 +146,24 @@ def general_run(pool_folder, pool_cache, tiny_corpus, tmp_path_factory):
     more = [f"corpus={tiny_corpus}", "pool.soft=2", "budget=2e9", "pool.per_task=20", "joint.dev=5", "precision=fp32"]
     assert pretrain(pool_folder, pool_cache, out, "run=general_run", "init=random", *more) == 0
     return out / "general_run"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, real_text):
+    """A tiny BERT with random weights and a vocabulary of its own."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    from tlm.tokenizer import SPECIALS, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    words = train_tokenizer(real_text[:200], 500)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

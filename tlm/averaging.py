@@ -72,10 +72,10 @@ def newest_share(count: int, decay: float) -> float:
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, without their history; they share its memory."""
+    """The model's parameters by name, but for frozen ones, without their history; they share its memory."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise InputError("deepspeed.zero_optimization.stage=3: cuts up what average would keep; set average=none")
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def copy(weights: dict[str, torch.Tensor], model: nn.Module) -> None:

@@ -79,6 +79,12 @@ def evaluate(config: configs.EvalConfig, names: list[str]) -> int:
     return evaluate_runs(names, config)
 
 
+def search(config: configs.SearchConfig, names: list[str]) -> int:
+    from tlm.search import search_runs
+
+    return search_runs(names, config)
+
+
 def predict(config: configs.PredictConfig, names: list[str]) -> int:
     from tlm.predict import predict_file
 
@@ -149,6 +155,7 @@ VERBS = {
         configs.EvalConfig,
         evaluate,
     ),
+    "search": Verb("better prompts for tasks of a pool, by genetic search", "RUN ...", configs.SearchConfig, search),
     "predict": Verb("labels and probabilities as JSON lines", "RUN [FILE or -]", configs.PredictConfig, predict),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
     "report": Verb(
@@ -173,12 +180,14 @@ REQUIRED = {
     "train": ("task",),
     "pretrain": ("pool.path",),
     "retrieve": ("task", "corpus"),
+    "search": ("pool",),
     "export": ("out",),
     "pool build": ("out",),
     "compare": ("task", "corpus"),
-    "bench train": ("task",),
     "bench retrieval": ("task",),
     "bench resume": ("task",),
+    "bench quant": ("runs",),
+    "bench lowbit": ("task", "corpus"),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {
@@ -188,6 +197,7 @@ SAID = {
 POSITIONAL = {
     "corpus add": (2, 99),
     "eval": (1, 99),
+    "search": (1, 99),
     "predict": (1, 2),
     "export": (1, 1),
     "report": (1, 99),

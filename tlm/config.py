@@ -17,6 +17,10 @@ from typing import Any
 
 from tasks.errors import InputError
 
+# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
+RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
+BASES = ("nf4", "fp4", "int8-weight")  # frozen, of tlm/lowbit/adapters.py
+
 
 def key(default: Any, help: str) -> Any:
     """A configuration field with its one line of help."""
@@ -193,8 +197,9 @@ class TrainerConfig(RunConfig):
         "fp32",
         "what matrix products read: fp32, bf16 (a CPU with AMX, a GPU), or in the layers alone fp8-tensorwise, "
         "fp8-rowwise, fp8-blockwise (a GPU; emulated on a CPU), fp8-delayed, mxfp8, int8, ternary or binary (emulated "
-        "on a CPU)",
+        "on a CPU); nf4, fp4 or int8-weight: the encoder of init_from= frozen in so few bits, beside adapters (a CPU)",
     )
+    rank: int = key(8, "of the adapters (LoRA) that train beside an encoder frozen by precision=")
     compile: bool = key(False, "torch.compile of the layers")
     activation_checkpointing: bool = key(False, "keep less for the backward pass and compute it again")
     micro_batch: str = key(
@@ -304,7 +309,9 @@ class EvalConfig:
     task: str | None = key(None, "another task with the same labels (the run's own if absent)")
     split: str = key("dev", "dev or test")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     data: DataConfig = group(DataConfig)
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -316,6 +323,12 @@ class EvalConfig:
     limit: int | None = key(None, "score at most so many instances of a task")
     by: str = key("auto", "choices, generation, or auto: choices where a task has them")
     answer_tokens: int = key(32, "of generation: tokens of an answer at most")
+    votes: int = key(
+        0,
+        "ask each instance under so many prompts, its task's own and mutations of them, and combine their votes: "
+        "RUN/votes.json",
+    )
+    rule: str = key("sum", "by which a prompt votes: sum, byte or unconditional (a bi-encoder has but one)")
     twin: int = key(
         0, "score the choices of so many instances again, each choice alone, and tell how much slower it is"
     )
@@ -324,10 +337,33 @@ class EvalConfig:
 
 
 @dataclass
+class SearchConfig:
+    pool: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")
+    categories: list[str] = field(
+        default_factory=lambda: ["heldout"], metadata={"help": "of the pool: by name, or heldout for all held out"}
+    )
+    seen: bool = key(False, "search for tasks of categories that the run was trained on as well")
+    most_tasks: int | None = key(20, "search for at most so many tasks, drawn by the seed")
+    shots: int = key(16, "instances of a task's train split that a prompt is judged by")
+    labels: bool = key(
+        True, "judge by right answers; false: by the mutual information of inputs and choices, unlabelled"
+    )
+    population: int = key(8, "prompts a generation")
+    generations: int = key(4, "generations after the first, which has the task's own prompts")
+    rule: str = key("sum", "what scores choices: sum, byte or unconditional (a bi-encoder has but one)")
+    limit: int | None = key(None, "score the prompts found on at most so many test instances of a task")
+    seed: int = key(0, "seed of the search")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again: the pool's instances")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
 class PredictConfig:
     text_column: str | None = key(None, "column of the text in a csv, jsonl or parquet file")
     precision: str | None = key(
-        None, "int8, ternary or binary: the layers by the CPU kernels for it (absent: as it was trained)"
+        None,
+        "int8, ternary or binary: the layers by the CPU kernels for it; nf4, fp4 or int8-weight: by bitsandbytes' "
+        "weights (absent: as it was trained)",
     )
     threads: int = key(0, "CPU threads (0: all cores)")
     device: str = key("auto", "cpu, cuda, or auto: a GPU where there is one, else the CPU")
@@ -364,7 +400,13 @@ class PoolBuildConfig:
     bigbench: str | None = key(
         None, "bigbench-1.0.0.tar.gz (`pip download --no-deps bigbench==1.0.0`), or the folder unpacked from it"
     )
-    evals: str | None = key(None, "folder registry/data of the package evals (found where the package is installed)")
+    evals: str | None = key(
+        None, "folder registry/data of the package evals (found where the package is installed, unless hub= is given)"
+    )
+    hub: list[str] = field(
+        default_factory=list,
+        metadata={"help": "collections on the hub: p3, super_natural_instructions, flan, glue, superglue, bigbench"},
+    )
 
 
 @dataclass
@@ -376,10 +418,13 @@ class DoctorConfig:
 class BenchConfig:
     task: str = key("", "the task whose texts are used: a folder, a file, a catalog name or hf:name")
     corpus: str | None = key(None, "general text, selected as in tlm train (absent: the task's texts, without labels)")
+    pool: str | None = key(None, "of case multitask: a pool of prompted tasks; task= is then for the other cases")
     out: str | None = key(None, "JSON file for all figures, written anew after each case")
     cases: list[str] = field(
         default_factory=lambda: ["mlm", "joint", "parts", "growth"],
-        metadata={"help": "mlm and joint (steps beside the rivals'), parts (of our step), growth (of time and memory)"},
+        metadata={
+            "help": "mlm, joint, multitask (steps beside the rivals'), parts (of our step), growth (of time and memory)"
+        },
     )
     engines: list[str] = field(
         default_factory=lambda: ["bm25", "bm25s", "lucene"],
@@ -428,11 +473,43 @@ class KernelsConfig:
     length: int = key(128, "model: tokens a text")
     vocabulary: int = key(8192, "model: number of word pieces")
     parameters: list[int] = field(
-        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions; up to 28 bytes each, a process a rival"}
+        default_factory=lambda: [5, 50], metadata={"help": "adamw: millions, one after the other; 200 take 10 GB"}
     )
+    torchao: bool = key(False, "adamw: torchao's 8-bit step as well, which is compiled for minutes before the first")
     seconds: int = key(30, "seconds of rounds for each case, begun ones finished; at least 3 rounds")
     seed: int = key(0, "seed of everything random")
     threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class QuantConfig:
+    runs: list[str] = field(default_factory=list, metadata={"help": "folders of finished runs that classify"})
+    forms: list[str] = field(
+        default_factory=lambda: ["fp32", "int8", "nf4", "ternary", "onnx-int8"],
+        metadata={"help": "what each is turned into, without training; the first is what the others are held against"},
+    )
+    batch: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "dev texts a call"})
+    seconds: int = key(10, "seconds of rounds for each run, begun ones finished; at least 3 rounds")
+    out: str | None = key(None, "JSON file for all figures, written anew after each run")
+    seed: int = key(0, "seed of the texts that are timed")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
+class LowbitConfig:
+    task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
+    corpus: str = key("", "general text: a store, folder, file, glob or address")
+    recipes: list[str] = field(
+        default_factory=lambda: list(RECIPES), metadata={"help": "what precision= is set to, beside fp32"}
+    )
+    seeds: int = key(3, "runs of a recipe on a task, seeds 0, 1, ...")
+    budget: float = key(3e12, "FLOPs a run, counted as those of fp32 products")
+    settings: list[str] = field(
+        default_factory=list, metadata={"help": "key=value of `tlm train` for all runs alike, such as spike=log"}
+    )
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    out: str = key("runs/lowbit", "folder of the runs, TASK/RECIPE-SEED, and of lowbit.json")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
 
 
 @dataclass
@@ -629,8 +706,6 @@ def sha256(config: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Names of tlm/lowbit/recipes.py, which loads torch: too slow for `--help`.
-RECIPES = ("fp8-tensorwise", "fp8-delayed", "fp8-rowwise", "fp8-blockwise", "mxfp8", "int8", "ternary", "binary")
 CHOICES = {
     "data.metric": ("accuracy", "macro_f1", "micro_f1"),
     "retrieval.selector": ("bm25", "random", "dsir", "tfidf", "embedding"),
@@ -645,7 +720,7 @@ CHOICES = {
     "init.source": ("corpus", "selection"),
     "optimizer": ("muon", "adamw", "adamw8bit"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16", *RECIPES),
+    "precision": ("fp32", "bf16", *RECIPES, *BASES),
     "spike": ("rewind", "skip", "stop", "log"),
     "quant": ("int8", "nf4", "onnx-int8", "packed"),
     "boards": ("tensorboard", "wandb", "mlflow"),
@@ -657,6 +732,7 @@ CHOICES = {
     "finetune.head": ("fresh", "keep"),
     "split": ("dev", "test"),
     "by": ("auto", "choices", "generation"),
+    "rule": ("sum", "byte", "unconditional"),
 }
 # Smallest value that makes sense; what is not here may be anything of its type.
 AT_LEAST = {
@@ -667,13 +743,14 @@ AT_LEAST = {
     "finetune.batch": 1, "joint.batch_tokens": 1, "finetune.batch_tokens": 1, "joint.accumulation": 1,
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
     "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
-    "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
+    "rank": 1, "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
     "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
     "queries": 1, "tries": 1, "checkpoints": 1, "pretraining": 0.01, "examples": 0, "pool.tasks": 1,
     "pool.per_task": 1, "pool.task_cap": 1, "pool.temperature": 1, "pool.templates": 1, "pool.soft": 0,
-    "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0,
+    "pool.queries": 1, "joint.dev": 1, "limit": 1, "answer_tokens": 1, "twin": 0, "votes": 0,
+    "most_tasks": 1, "shots": 1, "population": 2, "generations": 0,
     "price_per_hour": 0, "checkpoint_seconds": 0, "keep_checkpoints": 1, "timeout_minutes": 0.1,
     "layers": 1, "length": 8, "vocabulary": 100, "max_length": 8, "batch_tokens": 1, "steps": 1, "seconds": 0,
     "rounds": 1,
@@ -706,6 +783,8 @@ def validate(config: Any) -> Any:
     for name, least in AT_LEAST.items():
         if flat.get(name) is not None and not flat[name] >= least:  # nor is NaN
             raise InputError(f"{name}={flat[name]}: must be at least {least}")
+    if flat.get("votes") in (1, 2):
+        raise InputError(f"votes={flat['votes']}: must be 3 or more, as from fewer nothing is learnt about each")
     for name, most in AT_MOST.items():
         if flat.get(name, most) > most:
             raise InputError(f"{name}={flat[name]}: must be at most {most}")

@@ -43,7 +43,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def in_blocks(ctx, hidden, weight, bias, targets, dtype):
         """`dtype` is what products read; they are summed and kept in the tensors' own."""
         total = torch.zeros((), dtype=exact(dtype), device=hidden.device)
-        to_hidden, to_weight, to_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
+        to_hidden, to_bias = torch.empty_like(hidden), torch.zeros_like(bias)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # embeddings may be frozen
         rounded, wanted = weight.to(dtype), any(ctx.needs_input_grad)
         rows = max(1, BLOCK_ELEMENTS // len(weight))
         for begin in range(0, len(hidden), rows):
@@ -59,6 +60,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 to_bias += to_logits.sum(0)
                 to_logits = to_logits.to(dtype)
                 to_hidden[block] = to_logits @ rounded
+                if to_weight is None:
+                    continue
                 if dtype == weight.dtype:
                     to_weight.addmm_(to_logits.T, h)
                 else:
@@ -69,7 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        return *(gradient * slope for gradient in ctx.saved_tensors), None
+        return *(None if gradient is None else gradient * slope for gradient in ctx.saved_tensors), None
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def export_run(run: str, out: str, quant: str | None = None) -> int:
         raise InputError(f"{run}: holds several runs; name one of {', '.join(sorted(summary['arms']))} inside it")
     if summary["arm"] == "tfidf":
         raise InputError(f"{run}: is TF-IDF with logistic regression, no model for transformers; name a neural run")
+    if summary["arm"] == "bi-encoder":
+        raise InputError(f"{run}: is a bi-encoder, whose encoder transformers opens as it is: {run}/model/encoder")
     if summary["arm"] == "pretraining":
         raise InputError(
             f"{run}: knows no labels, it was made to start from; name a run that does (init_from={run}/model)"
@@ -93,16 +95,18 @@ def export(
     kind: str = "classification",
     quant: str | None = None,
 ) -> str:
-    """Write `out` whole or not at all; return what `quant` did. `kind` is the head: classification, mlm, or causal.
+    """Write `out` whole or not at all; return what was merged, and what `quant` did. `kind` is the
+    head: classification, mlm, or causal.
 
     `summary` is the run's summary.json, for the model card. Raises InputError if `out` is not new or empty, the model
     is damaged, the tokenizer is not its own, or what `quant` needs is missing.
     """
-    from tlm.lowbit import weights_as_read
+    from tlm.lowbit import merge, weights_as_read
     from tlm.model import load_model, write_tensors
     from tlm.tokenizer import own_tokenizer, save_tokenizer
 
     model = load_model(model_folder)
+    merged = merge(model)
     tokenizer = own_tokenizer(tokenizer_path, model.shape.vocabulary, summary.get("tokenizer_sha256"))
     if model.shape.soft:
         raise InputError(
@@ -120,7 +124,7 @@ def export(
         if name.startswith(ours)
     }
     special_ids = {name: tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
-    left = ""
+    left = merged
     with whole(out) as temporary:
         write_tensors(temporary / "model.safetensors", tensors)
         save_tokenizer(tokenizer, temporary / "tokenizer.json")
@@ -131,7 +135,7 @@ def export(
         if quant == "onnx-int8":
             to_onnx(model, temporary)
         elif quant:
-            left = to_bitsandbytes(temporary, quant, KINDS[kind])
+            left = "; ".join(filter(None, [merged, to_bitsandbytes(temporary, quant, KINDS[kind])]))
     return left
 
 
@@ -206,18 +210,21 @@ def to_onnx(model: Any, folder: Path) -> None:
 
 def export_packed(model_folder: Path, summary: dict, out: Path) -> str:
     """A folder for `tlm predict`: the run's summary, tokenizer and model, its layers as our kernels read them."""
+    from tlm.lowbit import merge
     from tlm.lowbit.inference import own_precision, pack_model, save_packed
     from tlm.model import load_model
 
     model = load_model(model_folder)
+    merged = merge(model)
     conversion = pack_model(model, own_precision(model.shape))
     with whole(out) as temporary:
         write_json(temporary / "summary.json", summary)
         (temporary / "model").mkdir()
-        for name in ("model.json", "tokenizer.json"):
-            shutil.copyfile(model_folder / name, temporary / "model" / name)
+        described = read_json(model_folder / "model.json")
+        write_json(temporary / "model" / "model.json", described | {"shape": asdict(model.shape)})
+        shutil.copyfile(model_folder / "tokenizer.json", temporary / "model" / "tokenizer.json")
         save_packed(model, temporary / "model")
-    return str(conversion)
+    return "; ".join(filter(None, [merged, str(conversion)]))
 
 
 def config(shape: Any, labels: list[str], special_ids: dict[str, int], kind: str) -> dict:

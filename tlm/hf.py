@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.errors import InputError
-from tlm.config import TrainConfig
+from tlm.config import BASES, TrainConfig
 from tlm.evaluate import TOKENS_PER_BATCH, batches_by_length, prediction_lines, scores, test_scores
 from tlm.ledger import Ledger
 from tlm.mixture import TASK, Mixture
@@ -27,6 +27,8 @@ MULTIPLE = 8  # texts are padded to a multiple of this, so that few shapes are c
 
 def finetune(config: TrainConfig, progress: Progress) -> dict:
     """One run, from files to `summary.json`; returns the summary. Raises InputError if there is no such checkpoint."""
+    if config.precision in BASES:
+        raise InputError(f"precision={config.precision}: does not go with init_from=hf:FOLDER; leave it out")
     task, stage, ledger = open_task(config.task, config.data), config.finetune, Ledger()
     run = Run(Path(config.out) / config.run, config)
     if run.summary_path.exists():
@@ -34,7 +36,10 @@ def finetune(config: TrainConfig, progress: Progress) -> dict:
         return read_json(run.summary_path)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
-    tokenizer, model = open_checkpoint(config.init_from.removeprefix("hf:"), task.labels, stage.dropout)
+    tokenizer, model = open_checkpoint(
+        config.init_from.removeprefix("hf:"), stage.dropout, "AutoModelForSequenceClassification",
+        num_labels=len(task.labels), ignore_mismatched_sizes=True,
+    )  # fmt: skip
     length = fitted(config, task).model.max_length
     run.begin([dict(i) for i in task.inputs])
     run.cut_metrics(0)
@@ -115,18 +120,20 @@ def finetune(config: TrainConfig, progress: Progress) -> dict:
     return summary
 
 
-def open_checkpoint(folder: str, labels, dropout: float):
-    """(Tokenizer, model with a fresh head for these labels) of a folder that transformers wrote."""
+def open_checkpoint(folder: str, dropout: float, kind: str = "AutoModel", **options):
+    """(Tokenizer, model) of a folder that transformers wrote; `kind` names the class of it that opens the model, which
+    gets a fresh head if the folder has none."""
     try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        import transformers
     except ImportError:
         raise InputError(f"init_from=hf:{folder}: transformers is missing; pip install transformers") from None
     if not (Path(folder) / "config.json").exists():
         raise InputError(f"init_from=hf:{folder}: no checkpoint there (no config.json); name a folder of transformers")
+    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, num_labels=len(labels), ignore_mismatched_sizes=True, dtype=torch.float32
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, **options
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -172,7 +179,7 @@ class Counter:
 
         shape = tuple(batch["input_ids"].shape)
         if shape not in self.known:
-            with torch.no_grad(), FlopCounterMode(display=False) as mode:
+            with torch.random.fork_rng([]), torch.no_grad(), FlopCounterMode(display=False) as mode:  # dropout draws
                 self.model(**batch)
             self.known[shape] = mode.get_total_flops()
         return self.known[shape]

@@ -2,8 +2,8 @@
 
 The paper's rule (Kaplan et al. 2020 as used in arXiv 2111.04130, table 1): 6 FLOPs a token and parameter, embeddings
 included, of the joint stage alone, counting batch x length tokens a step. The exact count takes what is really
-computed: matrix products and attention three times (forward, and twice backward), the head only where tokens are
-masked, the optimizer's own products, both stages, and the start of the embeddings.
+computed: matrix products and attention three times (forward, and twice backward; once for frozen weights), the head
+only where tokens are masked, the optimizer's own products, both stages, and the start of the embeddings.
 
 Energy is all charged seconds at the mean power that the processor's own counters (RAPL) read while the process ran.
 Where they may not be read, as on most machines by any but root, it is at WATTS, and called estimated.

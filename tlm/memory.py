@@ -20,6 +20,7 @@ from tlm.engine import World
 from tlm.mixture import Mixture
 from tlm.model import ModelShape
 from tlm.objectives import Objective
+from tlm.optimizers import PARTS
 from tlm.precision import autocasts
 
 MARGIN = 1.3  # needed over estimated bytes: what torch and its allocator keep beside what is counted (measured)
@@ -80,8 +81,9 @@ def choose(
     lengths = {name: int(source.lengths.max()) for name, source in objective.sources.items()}
     longest = max(lengths.values())
     most = max(-(-mixture.batch[name] // world.size) * length for name, length in lengths.items())
-    parameters = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    parameters = sum(trained.values())
+    matrices = sum(trained[name] for name in trained if name.split(".")[-2] in PARTS)
     state = optimizer_bytes(optimizer, parameters, matrices)
     rate = objective.rate
 

@@ -56,6 +56,7 @@ class ModelShape:
     sep_id: int = 3
     mask_id: int = 4
     recipe: str | None = None  # of tlm/lowbit, that the layers' products follow
+    rank: int = 0  # of adapters beside an encoder that is frozen by the recipe
     soft: int = 0  # vectors beyond the vocabulary, that only inputs name: prompts that are trained
     attention: str = "bidirectional"  # prefix: that in a prompt, and causal in the answers after it; or all causal
 
@@ -227,7 +228,7 @@ class Transformer(nn.Module):
             self.to_empty(device="cpu")
         else:
             draw(self, generator, residual_scale)
-        self.conversion = convert(self, shape.recipe) if shape.recipe else None
+        self.conversion = convert(self, shape.recipe, rank=shape.rank) if shape.recipe else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden] in the batch's packed order, after the last norm."""
@@ -299,11 +300,26 @@ def forward_flops(
     None). Norms, activations and softmax are left out, as is usual.
     """
     hidden = shape.hidden
-    per_token = 2 * (3 * hidden * hidden + hidden * hidden + 3 * hidden * shape.intermediate)
+    per_token = 2 * layer_weights(shape) + 2 * shape.rank * (8 * hidden + 3 * shape.intermediate)
     attention = 4 * hidden * (sum(length * length for length in lengths) if attended is None else attended)
     layers = shape.layers * (per_token * sum(lengths) + attention)
     mlm_head = 2 * masked * hidden * (hidden + shape.vocabulary)
     return layers + mlm_head + 2 * classified * hidden * (hidden + shape.num_labels)
+
+
+def layer_weights(shape: ModelShape) -> int:
+    """Of its four matrices."""
+    return shape.hidden * (4 * shape.hidden + 3 * shape.intermediate)
+
+
+def training_flops(
+    shape: ModelShape, lengths: Sequence[int], masked: int = 0, classified: int = 0, attended: int | None = None
+) -> int:
+    """Of forward and backward: three times the forward pass, less the gradients of weights that are frozen."""
+    whole = 3 * forward_flops(shape, lengths, masked, classified, attended)
+    if not shape.rank:
+        return whole
+    return whole - 2 * (shape.layers * layer_weights(shape) * sum(lengths) + masked * shape.hidden * shape.vocabulary)
 
 
 def save_model(model: Transformer, folder: Path, labels: Sequence[str] = ()) -> None:

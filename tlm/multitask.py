@@ -25,11 +25,12 @@ from tasks.types import Task
 from tlm import engine as engines
 from tlm import evaluate, warmstart
 from tlm.attention import LONGEST
-from tlm.config import PretrainConfig
+from tlm.config import PretrainConfig, PromptsConfig
 from tlm.engine import World
 from tlm.instances import Instances, open_instances, pool_sha256
 from tlm.ledger import Ledger
-from tlm.mixture import TASK, order
+from tlm.lowbit import num_parameters
+from tlm.mixture import TASK, Mixture, order
 from tlm.model import ModelShape, Transformer
 from tlm.objectives import Source
 from tlm.plan import LEAST_WORDS, TOKENS_PER_WORD
@@ -50,13 +51,57 @@ MOST_QUERYING = 64  # tasks, each of which ranks the corpus by itself
 DOCUMENTS_PER_QUERY = 50  # where retrieval.k leaves it open
 
 
-@dataclass
-class PreparedPool:
-    """What `learn` and the stage need, as Prepared; `tasks` are those that train, `rows` their instances."""
+@dataclass(frozen=True)
+class Taken:
+    """The tasks of a pool that train, and by task the rows of `instances` and the prompts."""
 
     pool: Pool
+    sha256: str
+    instances: Instances
     tasks: list[PoolTask]
     rows: dict[str, np.ndarray]
+    prompts: dict[str, tuple[Prompt, ...]]
+    dropped: int  # instances that stand in held-out tasks
+
+    @property
+    def source(self) -> dict:
+        return {"path": self.pool.path, "rows": len(self.instances), "sha256": self.sha256}
+
+    @property
+    def counts(self) -> dict:
+        return {
+            "tasks": len(self.tasks),
+            "categories": sorted({task.category for task in self.tasks}),
+            "train_examples": int(sum(map(len, self.rows.values()))),
+            "templates": sum(map(len, self.prompts.values())),
+            "dropped_as_heldout": self.dropped,
+        }
+
+    def mixture(self, plain: Mixture, settings: PromptsConfig) -> PromptMixture:
+        """`plain`, drawing its task's examples out of the pool."""
+        sizes = [len(self.rows[task.name]) for task in self.tasks]
+        of_tasks = shares(
+            sizes, [task.family for task in self.tasks], settings.task_cap, settings.family_share, settings.temperature
+        )
+        templates = [len(self.prompts[task.name]) for task in self.tasks]
+        counts = block_counts(of_tasks, BLOCK * len(self.tasks)).tolist()
+        names = tuple(task.name for task in self.tasks)
+        drawing = TaskMixture(plain.seed, names, tuple(sizes), tuple(templates), tuple(counts), batch=1)
+        return PromptMixture(**vars(plain), tasks=drawing, rows=tuple(self.rows[name] for name in names))
+
+    def dev_rows(self, number: int) -> np.ndarray:
+        """Of the test split of these tasks, the same for all seeds."""
+        rows = np.concatenate([self.instances.rows(task.name, "test") for task in self.tasks])
+        if not len(rows):
+            raise InputError(f"{self.pool.path}: no task that trains has a test split to score; set joint.eval_every=0")
+        return np.sort(np.random.default_rng(0).permutation(rows)[:number])
+
+
+@dataclass
+class PreparedPool:
+    """What `learn` and the stage need, as Prepared."""
+
+    taken: Taken
     prompts: PromptSource
     reader: Reader
     attention: str
@@ -75,7 +120,7 @@ class PreparedPool:
         return ModelShape(
             self.tokenizer.get_vocab_size(), model.hidden, model.layers, model.heads, model.intermediate,
             model.max_length, num_labels=1, pooling=model.pooling, attention=self.attention,
-            soft=self.reader.soft * (1 + len(self.tasks)),
+            soft=self.reader.soft * (1 + len(self.taken.tasks)),
         )  # fmt: skip
 
 
@@ -87,6 +132,10 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> dict:
     if not tasks:
         raise InputError("pool.categories=[]: names no task to train on; leave it out for all that are not held out")
     refuse_heldout(pool, tasks)
+    if (config.init_from or "").startswith("hf:"):
+        from tlm.biencoder import pretrain_encoder
+
+        return pretrain_encoder(config, pool, tasks, progress or Progress())
     config.run = config.run or run_name(config)
     world, run, progress = begin(config, progress)
     if run.summary_path.exists():
@@ -125,16 +174,9 @@ def prepare(
     config: PretrainConfig, pool: Pool, tasks: list[PoolTask], ledger: Ledger, progress: Progress
 ) -> PreparedPool:
     """Everything that training needs, cached by what made it."""
-    cache, settings, dropped = Path(config.cache).expanduser(), config.pool, Counter()
-    sha256 = pool_sha256(pool)
-    with progress.phase("pool"):
-        instances = charged(
-            ledger, "pool", cache, f"pool/{sha256}", lambda: open_instances(pool, sha256, cache, progress.update)
-        )
-    rows = instances.training_rows([task.name for task in tasks], dropped)
-    tasks = drawn(pool, tasks, rows, settings.tasks, config.seed)
-    rows = {task.name: limited(rows[task.name], task.name, settings.per_task, config.seed) for task in tasks}
-    prompts = {task.name: variants(task, settings.choices, settings.templates) for task in tasks}
+    cache, settings = Path(config.cache).expanduser(), config.pool
+    taken = take(config, pool, tasks, ledger, progress)
+    instances, tasks, rows, prompts, sha256 = taken.instances, taken.tasks, taken.rows, taken.prompts, taken.sha256
     unprompted = [(name, number) for name, of_task in rows.items() for number in of_task[:TEXTS_PER_TASK]]
 
     def texts():
@@ -143,7 +185,7 @@ def prepare(
             yield f"{prompted.text}\n{prompted.answers[prompted.gold]}"
 
     corpus = selection = tokens = external = start = None
-    inputs = [{"path": pool.path, "rows": len(instances), "sha256": sha256}]
+    inputs = [taken.source]
     if config.corpus:
         corpus = open_corpus(config.corpus, cache, ledger, progress)
         inputs.append({"path": config.corpus, "rows": len(corpus), "sha256": corpus.fingerprint})
@@ -199,19 +241,27 @@ def prepare(
 
     source = PromptSource(instances, prompts, reader, np.zeros(0, np.int64), np.zeros(0, np.int64))
     data = {
-        "tasks": len(tasks),
-        "categories": sorted({task.category for task in tasks}),
-        "train_examples": int(sum(map(len, rows.values()))),
-        "templates": sum(map(len, prompts.values())),
-        "dropped_as_heldout": dropped.total(),
+        **taken.counts,
         "answers_cut": cut,
         "external_documents": len(selection) if selection else 0,
         "external_tokens": int(tokens.manifest["tokens"]) if tokens else 0,
         "external_passages": len(external) if external else 0,
     }
-    return PreparedPool(
-        pool, tasks, rows, source, reader, config.attention, external, start, selection, inputs, data
-    )  # fmt: skip
+    return PreparedPool(taken, source, reader, config.attention, external, start, selection, inputs, data)
+
+
+def take(config: PretrainConfig, pool: Pool, tasks: list[PoolTask], ledger: Ledger, progress: Progress) -> Taken:
+    cache, settings, dropped = Path(config.cache).expanduser(), config.pool, Counter()
+    sha256 = pool_sha256(pool)
+    with progress.phase("pool"):
+        instances = charged(
+            ledger, "pool", cache, f"pool/{sha256}", lambda: open_instances(pool, sha256, cache, progress.update)
+        )
+    rows = instances.training_rows([task.name for task in tasks], dropped)
+    tasks = drawn(pool, tasks, rows, settings.tasks, config.seed)
+    rows = {task.name: limited(rows[task.name], task.name, settings.per_task, config.seed) for task in tasks}
+    prompts = {task.name: variants(task, settings.choices, settings.templates) for task in tasks}
+    return Taken(pool, sha256, instances, tasks, rows, prompts, dropped.total())
 
 
 def drawn(
@@ -294,37 +344,22 @@ def as_tasks(
 
 def stages(config: PretrainConfig, prepared: PreparedPool, world: World) -> tuple[Stage]:
     """The one stage, at its first step."""
-    seed, settings, tasks = 2 * config.seed, config.pool, prepared.tasks
-    sizes = [len(prepared.rows[task.name]) for task in tasks]
-    of_tasks = shares(
-        sizes, [task.family for task in tasks], settings.task_cap, settings.family_share, settings.temperature
-    )
-    templates = [len(prepared.prompts.prompts[task.name]) for task in tasks]
-    counts = block_counts(of_tasks, BLOCK * len(tasks)).tolist()
-    names = tuple(task.name for task in tasks)
-    drawing = TaskMixture(seed, names, tuple(sizes), tuple(templates), tuple(counts), batch=1)
-    rows = tuple(prepared.rows[name] for name in names)
-
-    trial = PromptMixture(seed, {}, {}, 0, tasks=drawing, rows=rows)
+    seed, taken = 2 * config.seed, prepared.taken
+    trial = taken.mixture(Mixture(seed, {}, {}, 0), config.pool)
     sample = [prepared.prompts.example(n) for n in trial.examples_at(TASK, np.arange(SAMPLED))]
     lengths, answers = (np.array([f(e) for e in sample]) for f in (lambda e: len(e.inputs), lambda e: e.answer + 1))
     objective = PromptedObjective(replace(prepared.prompts, lengths=lengths, answers=answers), prepared.external)
     rho1 = config.joint.external_per_task if prepared.external else 0
-    plain = mixture("joint", config.joint, objective, seed, rho1, world)
-    drawing = PromptMixture(**vars(plain), tasks=drawing, rows=rows)
+    drawing = taken.mixture(mixture("joint", config.joint, objective, seed, rho1, world), config.pool)
     dev = dev_source(prepared, config.joint.dev) if config.joint.eval_every else None
     return (Stage("joint", config.joint, objective, drawing, lambda m, w: dev_scores(m, w, dev), "token_accuracy"),)
 
 
 def dev_source(prepared: PreparedPool, number: int) -> list:
     """Examples of the test split of the tasks that train, each under the first template: the same for all seeds."""
-    instances, prompts = prepared.prompts.instances, prepared.prompts.prompts
-    rows = np.concatenate([instances.rows(task.name, "test") for task in prepared.tasks])
-    if not len(rows):
-        raise InputError(f"{prepared.pool.path}: no task that trains has a test split to score; set joint.eval_every=0")
-    rows = np.sort(np.random.default_rng(0).permutation(rows)[:number])
-    reader, found = replace(prepared.reader), map(instances.__getitem__, rows)
-    return [reader.example(rendered(instance, prompts[instance.task][0]), instance.task) for instance in found]
+    taken, reader = prepared.taken, replace(prepared.reader)
+    found = [taken.instances[row] for row in taken.dev_rows(number)]
+    return [reader.example(rendered(instance, taken.prompts[instance.task][0]), instance.task) for instance in found]
 
 
 @torch.no_grad()
@@ -351,7 +386,7 @@ def finish(config, run, model, ledger, last: Stage, prepared: PreparedPool, worl
     selection = prepared.selection
     summary = {
         "name": run.folder.name,
-        "task": Path(prepared.pool.path).name,
+        "task": Path(prepared.taken.pool.path).name,
         "metric": last.metric,
         "labels": [],
         "arm": "general-tlm" if selection else "zeroprompt",
@@ -361,26 +396,26 @@ def finish(config, run, model, ledger, last: Stage, prepared: PreparedPool, worl
         "model": describe_model(model) | {"attention": model.shape.attention},
         "data": prepared.data | {"external_tokens_seen": ledger.external_tokens},
         "selection": {"folder": str(selection.folder), **selection.manifest} if selection else None,
-        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
+        "cost": ledger.cost(num_parameters(model), config.price_per_hour),
         "init_from": {"folder": config.init_from, "cost": cost_of(config.init_from)} if config.init_from else None,
         "config_sha256": run.config_sha256,
         "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
     }
     if world.rank == 0:
         write_model(run.folder / "model", model, prepared, config, ledger)
-        write_json(run.folder / "model" / "pool.json", shown(config, prepared))
+        write_json(run.folder / "model" / "pool.json", shown(config, prepared.taken.tasks))
         write_json(run.summary_path, summary)
     return summary
 
 
-def shown(config: PretrainConfig, prepared: PreparedPool) -> dict:
+def shown(config: PretrainConfig, tasks: Sequence[PoolTask]) -> dict:
     """pool.json beside the weights: what `tlm eval` needs to prompt them, and to know what is unseen."""
-    tasks = {task.name: task.category for task in prepared.tasks}
+    trained = {task.name: task.category for task in tasks}
     before = read_json(Path(config.init_from) / "pool.json") if has_pool(config.init_from) else {"seen": {}}
     return {
-        "tasks": tasks,  # in the order of their soft prompts
-        "seen": before["seen"] | tasks,  # by these weights and those that they began from
-        "soft": prepared.reader.soft,
+        "tasks": trained,  # in the order of their soft prompts
+        "seen": before["seen"] | trained,  # by these weights and those that they began from
+        "soft": config.pool.soft,
         "choices": config.pool.choices,
         "templates": config.pool.templates,
     }

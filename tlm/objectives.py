@@ -16,7 +16,7 @@ from torch import nn
 from tlm.batches import IGNORE, Batch, pack
 from tlm.cross_entropy import cross_entropy_sum
 from tlm.mixture import TASK, MicroBatch, uniforms
-from tlm.model import ModelShape, forward_flops
+from tlm.model import ModelShape, training_flops
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Objective:
         """Of forward and backward of all its examples."""
         examples, rate = self.sources[source], self.masking.rate_of(source) if self.masked(source) else 0.0
         masked, classified = rate * examples.lengths.sum(), (source == TASK) * len(examples)
-        return 3 * forward_flops(shape, examples.lengths, masked, classified)
+        return training_flops(shape, examples.lengths, masked, classified)
 
     def losses(self, model: nn.Module) -> nn.Module:
         return Losses(model, self.offsets)

@@ -185,6 +185,8 @@ def parameter_groups(model: nn.Module, optimizer: str, weight_decay: float) -> l
     matrices: dict[tuple, list] = {}
     dense, embeddings, rest = [], [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         kind = name.split(".")[-2] if "." in name else ""
         if ".layers." in name and p.ndim == 2 and kind in PARTS:
             matrices.setdefault((kind, tuple(p.shape)), []).append(p)

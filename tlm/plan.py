@@ -22,9 +22,10 @@ from tlm.config import StageConfig, TrainConfig, rows_of
 from tlm.doctor import peak_flops
 from tlm.engine import device_of
 from tlm.ledger import paper_flops
+from tlm.lowbit import in_shape
 from tlm.memory import activation_bytes, optimizer_bytes
 from tlm.mixture import EXTERNAL, LEAST_TEXTS, TASK
-from tlm.model import ModelShape, forward_flops
+from tlm.model import ModelShape, layer_weights, training_flops
 from tlm.optimizers import muon_flops
 from tlm.prepare import NO_TASK, arm_of, open_task
 
@@ -34,6 +35,7 @@ COVERED, LENGTHS = 0.95, (128, 512)  # share of the training texts that are read
 BALANCE = {"macro_f1": 0.5}  # such a metric counts each label alike, so that its optimum does not follow their shares
 LEAST_WORDS = 100_000  # of a selection
 EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
+BASE_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8-weight": 1}  # a weight, with its share of the scale
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
 
 
@@ -64,17 +66,20 @@ def plan(config: TrainConfig) -> dict:
         return result
 
     shape, costs = shape_of(config, task), stage_costs(config, task)
-    inside = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-    parameters = inside + shape.vocabulary * (shape.hidden + 1) + 2 * shape.hidden**2
+    inside, heads = shape.layers * layer_weights(shape), 2 * shape.hidden**2 + shape.vocabulary
+    adapters = shape.layers * shape.rank * (8 * shape.hidden + 3 * shape.intermediate)
+    parameters = inside + adapters + shape.vocabulary * shape.hidden + heads
+    trained = adapters + heads if shape.rank else parameters
+    of_layers = BASE_BYTES[config.precision] if shape.rank else 4
     flops, tokens = {"start": start_flops(config)}, {}
     for name, cost in costs.items():
         flops[name], tokens[name] = cost.flops, cost.tokens
     peak = peak_flops(device, config.precision, config.threads or os.cpu_count())
     minutes = {name: round(value / (EXPECTED_MFU * peak) / 60, 1) for name, value in flops.items()}
     memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": optimizer_bytes(config.optimizer, parameters, inside),
+        "weights": round(4 * (parameters - inside) + of_layers * inside),
+        "gradients": 4 * trained,
+        "optimizer": optimizer_bytes(config.optimizer, trained, 0 if shape.rank else inside),
         "activations": max(cost.activations for cost in costs.values()),
         "libraries": LIBRARIES_BYTES,
     }
@@ -104,7 +109,8 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
     """Of both stages; FLOPs and tokens grow with the steps."""
     model, shape, costs = config.model, shape_of(config, task), {}
     task_length = int(mean_length(task.texts("train"), model.max_length))
-    optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if config.optimizer == "muon" else 0
+    by_muon = config.optimizer == "muon" and not shape.rank  # adapters are left to AdamW
+    optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if by_muon else 0
     for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
         joint = name == "joint"
         rho1 = config.joint.external_per_task if config.corpus and joint else 0
@@ -115,7 +121,7 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
             often = (1 if source == TASK else rho1) / (rho1 + 1)
             rate = config.joint.task_mask_rate if source == TASK else config.joint.mask_rate
             masked = round(texts * length * rate) if joint else 0
-            flops += often * 3 * forward_flops(shape, [length] * texts, masked, texts * (source == TASK))
+            flops += often * training_flops(shape, [length] * texts, masked, texts * (source == TASK))
             tokens += often * texts * length
             at_once = texts * length if config.micro_batch in ("none", "auto") else int(config.micro_batch)
             share = min(1.0, at_once / (texts * length))
@@ -219,7 +225,7 @@ def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_
 
 def start_flops(config: TrainConfig) -> int:
     """Of the embeddings' start, where as many words are counted as may be."""
-    if config.init.method == "random":
+    if config.init.method == "random" or config.init_from:
         return 0
     return warmstart.flops(config.tokenizer.vocabulary, config.model.hidden, config.init.max_words)
 
@@ -234,6 +240,7 @@ def shape_of(config: TrainConfig, task: Task) -> ModelShape:
         model.intermediate,
         model.max_length,
         len(task.labels),
+        **in_shape(config),
     )
 
 

@@ -1,4 +1,4 @@
-"""`tlm pool build`: a pool of real published tasks out of pip packages alone."""
+"""`tlm pool build`: a pool of real published tasks, out of pip packages alone or of collections on the hub."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from retrieval import folders
-from tasks import pool_sources
+from tasks import hub, pool_sources
 from tasks.errors import InputError
 from tasks.pool import open_pool
 from tlm.config import PoolBuildConfig
@@ -21,11 +21,12 @@ def build(config: PoolBuildConfig) -> int:
     out, progress = Path(config.out).expanduser(), Progress()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already; delete it or name another folder")
-    sources = {"bigbench": config.bigbench, "evals": config.evals or installed_evals()}
+    sources = {"bigbench": config.bigbench, "evals": config.evals or (None if config.hub else installed_evals())}
+    sources |= {f"hub_{name}": name for name in config.hub if hub.describe(name)}
     if not any(sources.values()):
         raise InputError(
-            "bigbench=, evals=: no source; `pip download --no-deps bigbench==1.0.0` gives the archive for bigbench=, "
-            "and what `pip install --no-deps evals` brings is found by itself"
+            "bigbench=, evals=, hub=: no source; `pip download --no-deps bigbench==1.0.0` gives the archive for "
+            "bigbench=, and what `pip install --no-deps evals` brings is found by itself"
         )
     with progress.phase("pool"):
         manifest = folders.ensure(out, KIND, VERSION, lambda folder: write(folder, sources))
@@ -39,6 +40,7 @@ def build(config: PoolBuildConfig) -> int:
 
 def write(folder: Path, sources: dict[str, str | None]) -> dict:
     readers = {"bigbench": pool_sources.read_bigbench, "evals": pool_sources.read_evals}
+    readers |= {shard: hub.read_collection for shard in sources if shard.startswith("hub_")}
     tasks, too_small = {}, 0
     for shard, path in sources.items():
         if path is None:
@@ -62,6 +64,7 @@ def write(folder: Path, sources: dict[str, str | None]) -> dict:
         "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in tasks.values()), encoding="utf-8"
     )
     held = set(map(pool_sources.category_name, pool_sources.HELDOUT_KEYWORDS))
+    held |= {c for shard, name in sources.items() if shard.startswith("hub_") for c in hub.describe(name)["heldout"]}
     categories = sorted({task["category"] for task in tasks.values()})
     splits = {
         "train_categories": [category for category in categories if category not in held],

@@ -27,9 +27,7 @@ class Predictor:
     probabilities: "callable"
 
 
-def open_run(
-    folder: str | Path, threads: int = 0, device: str = "auto", precision: str | None = None
-) -> Predictor:
+def open_run(folder: str | Path, threads: int = 0, device: str = "auto", precision: str | None = None) -> Predictor:
     """A finished run's model, or a packed one; `device` as `device=` names it. Raises InputError where it is missing
     or damaged."""
     folder = Path(folder)
@@ -43,6 +41,8 @@ def open_run(
     labels = tuple(summary["labels"])
     if summary["arm"] == "tfidf":
         raise InputError(f"{folder}: the classical rival keeps no model; name the run of another arm")
+    if summary["arm"] == "bi-encoder":
+        raise InputError(f"{folder}: chooses answers to prompts, without labels of its own; give `tlm eval` a pool=")
     if "attention" in summary["model"]:
         raise InputError(f"{folder}: is a generative run, without labels of its own; give `tlm eval` a pool=")
     if summary["arm"] == "pretraining":
@@ -70,7 +70,8 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str
         model, place = open_packed(folder, precision), device_of("cpu")
     else:
         model, place = load_model(folder), device_of(device)
-        lowbit.check(TrainConfig(precision=model.shape.recipe or "fp32"), place)
+        if model.shape.recipe and place.type != "cpu":
+            lowbit.check_gpu(f"precision={model.shape.recipe}", place)
     model.to(place)
     tokenizer = own_tokenizer(folder / "tokenizer.json", model.shape.vocabulary, tokenizer_sha256)
 

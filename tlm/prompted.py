@@ -9,6 +9,7 @@ A prompt that is too long loses its beginning, as in lm-eval, since templates as
 the window at most.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from tasks.prompts import Prompt, Prompted, listed, render
 from tlm.batches import IGNORE, Batch, pack
 from tlm.instances import Instances
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture, uniforms
-from tlm.model import ModelShape, forward_flops
+from tlm.model import ModelShape, training_flops
 from tlm.objectives import Losses, Source, Weighted, parts
 from tlm.task_mixture import TaskMixture
 from tlm.tokenizer import CLS, SEP, Encoder
@@ -139,6 +140,12 @@ class PromptSource:
         return self.reader.example(prompted, instance.task if own else None)
 
 
+def chosen_prompt(instance: Instance, task: PoolTask, choices: str, most: int | None) -> Prompt:
+    """One of the task's, drawn by the instance's name."""
+    prompts = variants(task, choices, most)
+    return prompts[zlib.crc32(instance.id.encode()) % len(prompts)]
+
+
 def rendered(instance: Instance, prompt: Prompt) -> Prompted:
     return render(prompt, instance.input, instance.target, instance.choices)
 
@@ -177,7 +184,7 @@ class PromptedObjective:
 
     def flops(self, source: str, shape: ModelShape) -> float:
         lengths = self.sources[source].lengths - (source == EXTERNAL)
-        return 3 * forward_flops(shape, lengths, self.prompts.answers.sum() if source == TASK else lengths.sum())
+        return training_flops(shape, lengths, self.prompts.answers.sum() if source == TASK else lengths.sum())
 
     def losses(self, model: nn.Module) -> nn.Module:
         return NextTokenLosses(model)

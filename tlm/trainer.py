@@ -8,7 +8,7 @@ killed and is started again ends with the same weights and losses, to the bit.
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from tlm.engine import World
 from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.lowbit import delayed
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
-from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model
+from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model, training_flops
 from tlm.objectives import Masking, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.precision import autocasts, check_precision, products
@@ -213,7 +213,7 @@ def offsets(stage: StageConfig, prepared: Prepared) -> torch.Tensor | None:
 
 def within_budget(config: TrainerConfig, prepared: Any, stages: Callable, spent: float, world: World) -> TrainerConfig:
     """With the steps that `budget` pays for, `spent` FLOPs being gone already."""
-    shape = prepared.shape(config.model)
+    shape = replace(prepared.shape(config.model), **lowbit.in_shape(config))
     both = stages(config, prepared, world)
     per_step = {stage.name: step_flops(stage, shape, config.optimizer) for stage in both}
     last = both[-1].mixture
@@ -229,7 +229,8 @@ def step_flops(stage: Stage, shape: ModelShape, optimizer: str) -> float:
         share = (1 if name == TASK else mixture.external_per_task) / mixture.cycle if TASK in mixture.sizes else 1
         flops += share * mixture.batch[name] * of_all / len(source)
     full_steps = stage.config.accumulation * (1 - 3 / 8 * stage.config.batch_ramp)
-    own = muon_flops(shape.hidden, shape.intermediate, shape.layers) if optimizer == "muon" else 0
+    by_muon = optimizer == "muon" and not shape.rank  # adapters are left to AdamW
+    own = muon_flops(shape.hidden, shape.intermediate, shape.layers) if by_muon else 0
     return full_steps * flops + own
 
 
@@ -251,11 +252,14 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
 
 def new_model(config: TrainerConfig, prepared: Any, device: torch.device) -> Transformer:
     """The model from scratch: a pure function of the seed, and of the corpus's counts if `init=cooccurrence`; or the
-    one of `init_from` with a fresh head."""
-    shape = replace(prepared.shape(config.model), recipe=lowbit.recipe_of(config.precision))
-    model = Transformer(shape, torch.Generator().manual_seed(config.seed))
+    one of `init_from` with a fresh head, and maybe frozen but for adapters."""
+    settings, generator = lowbit.in_shape(config), torch.Generator().manual_seed(config.seed)
+    shape = prepared.shape(config.model)
+    model = Transformer(shape if settings["rank"] else replace(shape, **settings), generator)
     if config.init_from:
         take_over(model, config.init_from)
+    if settings["rank"]:
+        lowbit.adapt(model, config.precision, config.rank, generator)
     if prepared.start is not None:
         warmstart.predict_from_context(model, prepared.start)
     set_dropout(model, config.model.dropout)
@@ -266,9 +270,11 @@ def new_model(config: TrainerConfig, prepared: Any, device: torch.device) -> Tra
 
 
 def take_over(model: Transformer, folder: str) -> None:
-    """The weights in `folder`, but for the classification head and the prompts of its tasks. Raises InputError if they
-    are of another shape."""
+    """The weights in `folder`, adapters merged, but for the classification head and the prompts of its tasks. Raises
+    InputError if they are of another shape."""
+    cost_of(folder)
     old = load_model(Path(folder))
+    lowbit.merge(old)
     free = {name: getattr(model.shape, name) for name in ("num_labels", "max_length", "recipe", "attention", "soft")}
     if replace(old.shape, **free) != model.shape:
         raise InputError(f"init_from={folder}: is of another shape ({old.shape}); set model.* and tokenizer.* alike")
@@ -472,7 +478,7 @@ def exhausted(stage: Stage) -> bool:
 
 
 def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict[str, float]:
-    """What a micro-batch adds to the meter. FLOPs: three times those of the forward pass, or four."""
+    """What a micro-batch adds to the meter. FLOPs: of forward and backward, and of what is computed again for it."""
     batch = micro.batch
     tokens = sum(batch.lengths)
     masked, classified = len(batch.masked), len(batch) if task_sum is not None and batch.labels is not None else 0
@@ -483,7 +489,7 @@ def counts(micro: Weighted, loss, mlm_sum, task_sum, model: Transformer) -> dict
         "loss": loss.item(),
         "tokens": tokens,
         "external_tokens": tokens if micro.source == EXTERNAL else 0,
-        "flops": 3 * forward_flops(model.shape, batch.lengths, masked, classified, attended) + again,
+        "flops": training_flops(model.shape, batch.lengths, masked, classified, attended) + again,
         "mlm": mlm_sum.item() if mlm_sum is not None else 0.0,
         "masked": masked if mlm_sum is not None else 0,
         "task": task_sum.item() if texts else 0.0,
@@ -508,8 +514,7 @@ def finish(config, run, model, finetune, ledger, prepared, progress, world) -> d
     if world.rank == 0:
         if config.test:
             write_text(run.folder / "predictions.jsonl", evaluate.prediction_lines(task, probabilities))
-        save_model(model, run.folder / "model", labels=task.labels)
-        save_tokenizer(prepared.tokenizer, run.folder / "model" / "tokenizer.json")
+        write_model(run.folder / "model", model, prepared, config, ledger, task.labels)
         write_json(run.summary_path, summary)
     return summary
 
@@ -523,11 +528,18 @@ def finish_pretraining(config, run, model, ledger, prepared, world) -> dict:
     return summary
 
 
-def write_model(folder: Path, model: Transformer, prepared: Prepared, config: TrainConfig, ledger: Ledger) -> None:
+def write_model(
+    folder: Path,
+    model: Transformer,
+    prepared: Prepared,
+    config: TrainConfig,
+    ledger: Ledger,
+    labels: Sequence[str] = (),
+) -> None:
     """What `init_from` reads; cost.json, last: all that the weights have cost, back to a random start."""
-    save_model(model, folder)
+    save_model(model, folder, labels)
     save_tokenizer(prepared.tokenizer, folder / "tokenizer.json")
-    own = ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour)
+    own = ledger.cost(lowbit.num_parameters(model), config.price_per_hour)
     before = [cost_of(config.init_from)] if config.init_from else []
     write_json(folder / "cost.json", add_costs([*before, own]))
 
@@ -553,7 +565,7 @@ def summarize(config, run, model, ledger, prepared, dev, test) -> dict:
         "selection": {"folder": str(prepared.selection.folder), **prepared.selection.manifest}
         if prepared.selection
         else None,
-        "cost": ledger.cost(sum(p.numel() for p in model.parameters()), config.price_per_hour),
+        "cost": ledger.cost(lowbit.num_parameters(model), config.price_per_hour),
         "init_from": {"folder": config.init_from, "cost": cost_of(config.init_from)} if config.init_from else None,
         "config_sha256": run.config_sha256,
         "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
@@ -561,10 +573,11 @@ def summarize(config, run, model, ledger, prepared, dev, test) -> dict:
 
 
 def describe_model(model: Transformer) -> dict:
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, trained = lowbit.num_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     embeddings = model.model.embeddings.tok_embeddings.weight.numel()
     shape = {name: getattr(model.shape, name) for name in ("hidden", "layers", "heads", "intermediate", "max_length")}
     sizes = {"parameters": parameters, "parameters_without_embeddings": parameters - embeddings, **shape}
+    sizes |= {"trained_parameters": trained} if model.shape.rank else {}
     return sizes | ({"lowbit": asdict(model.conversion)} if model.conversion else {})
 
 

@@ -10,11 +10,11 @@ Intervals are bootstrapped over tasks, and over instances in each, which is caut
 """
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,18 @@ from tlm.config import EvalConfig
 from tlm.evaluate import batches_by_length
 from tlm.generate import generate
 from tlm.instances import open_instances, pool_sha256
-from tlm.model import Transformer, load_model
+from tlm.ledger import Ledger
+from tlm.model import Transformer, forward_flops, load_model
 from tlm.progress import Progress
-from tlm.prompted import Reader, rendered, variants
+from tlm.prompted import Reader, chosen_prompt, rendered
 from tlm.run import read_json, write_json
 from tlm.tokenizer import own_tokenizer
 
-RULES = ("sum", "byte", "unconditional")
+if TYPE_CHECKING:
+    from tlm.biencoder import EncoderRun
+
+RULES = ("sum", "byte", "unconditional", "head")  # the last: that of a bi-encoder, alone
+ACCURACIES = (*RULES, "mean_prompt", "majority", "label_model", "own_prompt", "found_prompt")  # votes.py, search.py
 RESAMPLES = 1000
 AT_A_TIME = 1000  # instances
 
@@ -47,8 +52,9 @@ class Case(NamedTuple):
 
 
 @torch.no_grad()
-def log_likelihoods(model: Transformer, cases: Sequence[Case]) -> list[np.ndarray]:
-    """Of each case log P(answer | prompt) by answer, float64[answers]. `model` is in evaluation mode."""
+def log_likelihoods(model: Transformer, cases: Sequence[Case], ledger: Ledger | None = None) -> list[np.ndarray]:
+    """Of each case log P(answer | prompt) by answer, float64[answers]. `model` is in evaluation mode. `ledger` is told
+    what it cost."""
     inputs = [np.concatenate([c.prompt, *(a[:-1] for a in c.answers)]) for c in cases]
     result = [np.zeros(len(case.answers)) for case in cases]
     for part in batches_by_length(np.array([len(tokens) for tokens in inputs])):
@@ -71,6 +77,10 @@ def log_likelihoods(model: Transformer, cases: Sequence[Case]) -> list[np.ndarra
         found = log_p[torch.tensor(places), torch.tensor(targets)].double().tolist()
         for (i, number), value in zip(owners, found, strict=True):
             result[i][number] += value
+        if ledger:
+            attended = batch.under(model.shape.attention).attended
+            ledger.flops += forward_flops(model.shape, batch.lengths, len(asked), attended=attended)
+            ledger.tokens += len(batch.tokens)
     return result
 
 
@@ -91,11 +101,25 @@ class Run:
     seen: dict[str, str]
     choices: str
     templates: int | None
+    ledger: Ledger = field(default_factory=Ledger)  # what its scores have cost
 
     def prompted(self, instance: Instance, task: PoolTask) -> Prompted:
-        """Under one of the task's templates, drawn by the instance's name."""
-        prompts = variants(task, self.choices, self.templates)
-        return rendered(instance, prompts[zlib.crc32(instance.id.encode()) % len(prompts)])
+        return rendered(instance, chosen_prompt(instance, task, self.choices, self.templates))
+
+    def choice_scores(
+        self, prompted: Sequence[Prompted], tasks: Sequence[str], rules: Sequence[str] = RULES
+    ) -> list[dict[str, np.ndarray]]:
+        """Of each instance by rule the scores of its answers, float64[answers]."""
+        cases = self.cases(prompted, tasks)
+        sums = log_likelihoods(self.model, cases, self.ledger)
+        found = {"sum": sums}
+        if "byte" in rules:
+            sizes = [np.array([max(1, len(answer.encode())) for answer in p.answers]) for p in prompted]
+            found["byte"] = [total / num_bytes for total, num_bytes in zip(sums, sizes, strict=True)]
+        if "unconditional" in rules:
+            alone = self.unconditional(cases, tasks)
+            found["unconditional"] = [total - without for total, without in zip(sums, alone, strict=True)]
+        return [{rule: found[rule][i] for rule in rules if rule in found} for i in range(len(cases))]
 
     def cases(self, prompted: Sequence[Prompted], tasks: Sequence[str]) -> list[Case]:
         """The prompt has room for the longest of its answers."""
@@ -117,19 +141,24 @@ class Run:
             for of_case, case, task in zip(keys, cases, tasks, strict=True)
             for key, answer in zip(of_case, case.answers, strict=True)
         }
-        scores = log_likelihoods(self.model, list(distinct.values()))
+        scores = log_likelihoods(self.model, list(distinct.values()), self.ledger)
         known = dict(zip(distinct, (float(score[0]) for score in scores), strict=True))
         return [np.array([known[key] for key in of_case]) for of_case in keys]
 
 
-def open_run(path: str) -> Run:
+def open_run(path: str) -> "Run | EncoderRun":
     """Raises InputError if there is none, or it is of another kind or damaged."""
     folder = Path(path)
     if not (folder / "summary.json").exists():
         raise InputError(f"{folder}: holds no finished run (no summary.json); finish it by the command that began it")
     if not (folder / "model" / "pool.json").exists():
         raise InputError(f"{folder}: was not trained on a pool; name a run of `tlm pretrain`, or leave pool= out")
-    shown, model = read_json(folder / "model" / "pool.json"), load_model(folder / "model")
+    shown = read_json(folder / "model" / "pool.json")
+    if (folder / "model" / "encoder").exists():
+        from tlm.biencoder import open_encoder_run
+
+        return open_encoder_run(folder, shown)
+    model = load_model(folder / "model")
     sha256 = read_json(folder / "summary.json").get("tokenizer_sha256")
     tokenizer = own_tokenizer(folder / "model" / "tokenizer.json", model.shape.vocabulary, sha256)
     slots = {task: number for number, task in enumerate(shown["tasks"], 1)}
@@ -144,6 +173,18 @@ def refuse_seen(run: Run, pool: Pool, tasks: Sequence[PoolTask]) -> None:
             f"{run.folder}: was trained on {', '.join(trained)}, so its scores there are not zero-shot; leave them out "
             "of categories=, or set seen=true"
         )
+
+
+def with_choices(
+    pool: Pool, tasks: Sequence[PoolTask], categories: Sequence[str], progress: Progress
+) -> list[PoolTask]:
+    """Those of the tasks that have choices. Raises InputError where none has."""
+    found = [task for task in tasks if task.format == "choice"]
+    if not found:
+        raise InputError(f"{pool.path}: no task of {', '.join(categories)} has choices; name other categories")
+    if len(found) < len(tasks):
+        progress.say(f"tasks without choices, which are left out: {len(tasks) - len(found)}")
+    return found
 
 
 @dataclass
@@ -165,8 +206,10 @@ class Found:
 
 
 def evaluate_pool(names: Sequence[str], config: EvalConfig) -> int:
-    """Prints a table for each run and writes RUN/zeroshot.json."""
+    """Prints a table for each run and writes RUN/zeroshot.json, or RUN/votes.json."""
     from rich.console import Console
+
+    from tlm.votes import voted
 
     pool = open_pool(config.pool)
     tasks = pool.select(config.categories)
@@ -177,6 +220,10 @@ def evaluate_pool(names: Sequence[str], config: EvalConfig) -> int:
     for run in runs:
         if not config.seen:
             refuse_seen(run, pool, tasks)
+    if config.votes or not all(isinstance(run, Run) for run in runs):
+        if config.by == "generation" or config.twin:
+            raise InputError("by=generation, twin=: a bi-encoder, or votes=, only scores choices; leave them out")
+        tasks = with_choices(pool, tasks, config.categories, progress)
     sha256 = pool_sha256(pool)
     with progress.phase("pool"):
         instances = open_instances(pool, sha256, Path(config.cache).expanduser(), progress.update)
@@ -184,18 +231,22 @@ def evaluate_pool(names: Sequence[str], config: EvalConfig) -> int:
     rows = np.concatenate([np.empty(0, np.int64), *found])
     if not len(rows):
         raise InputError(f"{pool.path}: no task of {', '.join(config.categories)} has test instances; name others")
+    way, file = (voted, "votes.json") if config.votes else (scored, "zeroshot.json")
+    if config.votes and not find_spec("snorkel"):
+        progress.say("without snorkel there is no LabelModel; get it by pip install -c constraints.txt -e '.[ama]'")
     for run in runs:
         with progress.phase("scores"):
-            scores, seconds = scored(run, pool, instances, rows, config, progress.update)
+            scores, seconds = way(run, pool, instances, rows, config, progress.update)
         result = {
             "run": str(run.folder), "pool": {"path": pool.path, "sha256": sha256}, "categories": config.categories,
-            "limit": config.limit, "instances": len(rows), "seconds": round(seconds, 1), **summary(scores),
+            "limit": config.limit, "instances": len(rows), "seconds": round(seconds, 1), "flops": run.ledger.flops,
+            "tokens": run.ledger.tokens, **({"votes": config.votes} if config.votes else {}), **summary(scores),
         }  # fmt: skip
         if config.twin:
             result["twin"] = against_twin(run, pool, [instances[row] for row in rows], config.twin)
-        write_json(run.folder / "zeroshot.json", result)
+        write_json(run.folder / file, result)
         Console().print(table(result))
-        print(run.folder / "zeroshot.json")
+        print(run.folder / file)
     return 0
 
 
@@ -214,7 +265,7 @@ def scored(
         chunk = [instances[row] for row in rows[begin : begin + AT_A_TIME]]
         for choosing in (True, False):
             part = [i for i in chunk if (i.choices is not None and config.by != "generation") == choosing]
-            scores = (by_choice if choosing else by_generation)(run, pool, part, config)
+            scores = (by_choice if choosing else by_generation)(run, pool, part, config) if part else ()
             for instance, of_one, chance in scores:
                 found.setdefault(instance.task, Found(pool.tasks[instance.task])).add(of_one, chance)
         update(begin + len(chunk), len(rows), "instances")
@@ -225,11 +276,7 @@ def by_choice(run: Run, pool: Pool, instances: Sequence[Instance], config: EvalC
     """(instance, whether each rule chooses right, the chance of doing so)"""
     tasks = [instance.task for instance in instances]
     prompted = [run.prompted(instance, pool.tasks[instance.task]) for instance in instances]
-    cases = run.cases(prompted, tasks)
-    sums, alone = log_likelihoods(run.model, cases), run.unconditional(cases, tasks)
-    for instance, p, total, without in zip(instances, prompted, sums, alone, strict=True):
-        num_bytes = np.array([max(1, len(answer.encode())) for answer in p.answers])
-        by_rule = dict(zip(RULES, (total, total / num_bytes, total - without), strict=True))
+    for instance, p, by_rule in zip(instances, prompted, run.choice_scores(prompted, tasks), strict=True):
         yield instance, {rule: float(s.argmax() == p.gold) for rule, s in by_rule.items()}, 1 / len(p.answers)
 
 
@@ -260,9 +307,9 @@ def summary(found: Sequence[Found]) -> dict:
         else:
             of_picked = chances[None]
         result = {"tasks": len(own), "instances": sum(len(f.values[name]) for f in own), "mean": float(means.mean())}
-        if name in RULES:
+        if name in ACCURACIES:
             result |= {"chance": float(chances.mean()), "normalised": float(normalised(means, chances).mean())}
-        spread = (normalised(resamples, of_picked) if name in RULES else resamples).mean(1)
+        spread = (normalised(resamples, of_picked) if name in ACCURACIES else resamples).mean(1)
         return result | {"interval": [float(x) for x in np.percentile(spread, [2.5, 97.5])]}
 
     def groups(key: Callable[[Found], str]) -> dict:
@@ -272,8 +319,8 @@ def summary(found: Sequence[Found]) -> dict:
         return {name: every(members) for name, members in sorted(by.items())}
 
     def every(members: Sequence[Found]) -> dict:
-        names = [name for name in (*RULES, *GENERATED) if any(name in f.values for f in members)]
-        return {name: group(members, name) for name in names}
+        names = dict.fromkeys((*ACCURACIES, *GENERATED, *(name for f in members for name in f.values)))
+        return {name: group(members, name) for name in names if any(name in f.values for f in members)}
 
     return {
         "all": every(found),
@@ -332,8 +379,9 @@ def table(result: dict):
     for category, scores in [*result["by_category"].items(), ("all", result["all"])]:
         table.add_row(category, str(max(s["tasks"] for s in scores.values())), *(cell(scores.get(n)) for n in names))
     table.caption = (
-        "percent; sum, byte, unconditional: accuracy of choices over chance, (accuracy - chance) / (1 - chance); "
-        "after ± half the 95% interval, over tasks and instances"
+        f"percent; {', '.join(n for n in ACCURACIES if n in names)}: accuracy of choices over chance, "
+        "(accuracy - chance) / (1 - chance); gain: points of accuracy over the mean prompt; after ± half the 95% "
+        "interval, over tasks and instances"
     )
     return table
 

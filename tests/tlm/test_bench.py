@@ -71,6 +71,26 @@ def test_first_losses_agree_from_the_same_weights(job):
     assert mine.item() == pytest.approx(theirs.item(), abs=1e-4)
 
 
+def test_prompted_tasks_are_the_same_work_for_all(pool_folder, pool_cache):
+    """Each token and each answer's token once; the first losses agree; the last token of all asks nothing of us."""
+    config = BenchConfig(pool=str(pool_folder), cache=str(pool_cache), cases=["multitask"], **SMALL)
+    job = train.multitask_job(config, train.prepare_data(config, Progress(quiet=True)).pool, 64)
+    batches = train.rival_batches(job, 0)
+    steps = [job.objective.step(job.mixture.draw(step))[0] for step in job.turn(0)]
+    assert sum(len(step.batch.tokens) for step in steps) == job.tokens
+    for step, (head, _, examples) in zip(steps, batches, strict=True):
+        assert head == "causal"
+        padded = train.pad(examples)
+        assert padded["attention_mask"].sum() == len(step.batch.tokens) + len(examples)
+        asked = padded["labels"][padded["labels"] != IGNORE]
+        assert sorted(asked.tolist()) == sorted(step.batch.masked_tokens.tolist())
+    engines.launch()
+    ours = train.our_step(train.our_engine(job, "adamw"), job, 0)
+    theirs = train.rival_model(job, "causal")(**train.pad(batches[0][2])).loss
+    assert ours == pytest.approx(theirs.item(), abs=1e-4)
+    assert job.flops(0, muon=False) < job.flops(0, muon=True)
+
+
 def test_parts_add_up_to_the_time_of_the_steps(job):
     turns = islice(train.ours_in_parts(job, "muon"), 3)
     assert next(turns) is None
@@ -164,6 +184,8 @@ def test_the_command_writes_what_it_shows(tiny_task, cache, tmp_path, capsys):
         (["bench", "train", "task=x", "cases=[grow]"], "did you mean growth"),
         (["bench", "train", "task=x", "cases=grow"], "did you mean growth"),  # one word is a list of one
         (["bench", "train", "task=x", "cases=[]"], "nothing to measure"),
+        (["bench", "train", "cases=[multitask]"], "pool=: missing"),
+        (["bench", "train", "pool=x", "cases=[multitask,mlm]"], "task=: missing"),
         (["bench", "train", "task=x", "hidden=[100]"], "multiples of 64"),
         (["bench", "train", "task=x", "hidden=[0]"], "multiples of 64"),
         (["bench", "train", "task=x", "steps=6"], "a multiple of 4"),

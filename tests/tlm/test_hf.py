@@ -10,25 +10,6 @@ from tlm.cli import main
 from tlm.hf import Counter
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, real_text):
-    """A tiny BERT with random weights and a vocabulary of its own."""
-    transformers = pytest.importorskip("transformers")
-    from tlm.tokenizer import SPECIALS, train_tokenizer
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    words = train_tokenizer(real_text[:200], 500)
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
 def train(checkpoint, task, out, *settings):
     given = [f"task={task}", f"init_from=hf:{checkpoint}", f"out={out}", "run=hf", "threads=1", "finetune.batch=16",
              "finetune.steps=80", "finetune.eval_every=20", "finetune.lr=1e-2", *settings]  # fmt: skip

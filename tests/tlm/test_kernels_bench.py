@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from tasks.errors import InputError
 from tlm.benches import kernels, rounds
 from tlm.cli import main
 from tlm.config import KernelsConfig
@@ -45,10 +46,10 @@ def test_models_agree_and_onnx_is_given_the_same_texts():
 
 def test_optimizers_keep_8_and_2_03_bytes_a_parameter():
     for kind, kept in ((kernels.fused, 8), (kernels.eight_bits, 2 + 8 / 256)):
-        turns = kernels.steps(SMALL, kind)
+        turns = kernels.steps(1, kind)
         next(turns)
         taken = next(turns)
-        assert taken["1M state"] == pytest.approx(kept, abs=1e-4)
+        assert taken["state"] == pytest.approx(kept, abs=1e-4)
         assert taken["1M"] > 0
 
 
@@ -89,3 +90,17 @@ def test_the_command_writes_what_it_shows(tmp_path, monkeypatch, capsys):
 def test_an_unknown_case_is_one_sentence(capsys):
     assert main(["bench", "kernels", "cases=[products]"]) == 2
     assert "cases=[products]: no such case; use some of linear, model, adamw" in capsys.readouterr().err
+
+
+def test_bytes_of_torchaos_state_are_those_that_it_holds():
+    """It says that it is float32: 4 bytes a number."""
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit", reason="torchao is not installed")
+    state = subclass.OptimState8bit.zeros((4096,), signed=True, block_size=256)
+    assert state.dtype == torch.float32
+    assert kernels.num_bytes(state) == 4096 + 4 * 4096 / 256
+
+
+def test_what_is_asked_for_and_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
+    with pytest.raises(InputError, match="torchao=true: torchao is missing; pip install torchao"):
+        kernels.torchao()

@@ -81,7 +81,7 @@ def test_by_torch_it_answers_the_same(monkeypatch):
     [
         (None, "ternary", "precision=ternary: the model was trained in fp32; set precision=int8"),
         ("binary", "int8", "precision=int8: the model was trained by precision=binary; set precision=binary"),
-        ("mxfp8", "mxfp8", "precision=mxfp8: has no kernel for inference on a CPU; use one of int8, ternary, binary"),
+        ("mxfp8", "mxfp8", "precision=mxfp8: is not for inference on a CPU; use one of int8, ternary, binary"),
     ],
 )
 def test_what_it_was_not_trained_for_is_refused(recipe, asked, said):

@@ -6,5 +6,7 @@ BENCHES = {  # name: what it does, and the class in config.py that lists its key
     "resume": ("runs that are killed at random instants, against one that was not", "BenchConfig"),
     "kernels": ("the CPU kernels beside those of torch, ONNX Runtime and bitsandbytes", "KernelsConfig"),
     "gpu-kernels": ("FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU", "GpuKernelsConfig"),
+    "quant": ("trained runs in fewer bits: scores on dev, size, latency, throughput", "QuantConfig"),
+    "lowbit": ("training by each recipe of few bits beside fp32, over tasks and seeds", "LowbitConfig"),
     "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

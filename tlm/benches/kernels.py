@@ -38,10 +38,10 @@ PARAMETER = 2**20  # numbers of each of the optimizer's parameters
 
 def per_call(function: Callable[[], object]) -> float:
     """Seconds of processor time of a call, over at least LEAST_SECONDS of them."""
-    calls, start = 0, time.process_time()
-    while (spent := time.process_time() - start) < LEAST_SECONDS:
+    calls, spent, start = 0, 0.0, time.process_time()
+    while spent < LEAST_SECONDS:
         function()
-        calls += 1
+        calls, spent = calls + 1, time.process_time() - start
     return spent / calls
 
 
@@ -194,35 +194,30 @@ def model_case(config: KernelsConfig, progress: Progress) -> Iterator[dict]:
 # --- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def steps(config: KernelsConfig, kind: Callable[[], Callable]) -> Iterator:
-    """One step a call, of parameters whose gradients stay the same."""
-
-    def ready():
-        calls = {}
-        for millions in config.parameters:
-            parameters = [nn.Parameter(torch.randn(PARAMETER)) for _ in range(millions)]
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            calls[f"{millions}M"] = make(parameters)
-        return calls
-
-    def once(optimizer) -> float:
-        start = time.process_time()
-        optimizer.step()
-        return time.process_time() - start
-
+def steps(millions: int, kind: Callable[[], Callable]) -> Iterator:
+    """A step of so many parameters, whose gradients stay the same, and the bytes of state of each."""
     make = kind()
     yield
-    calls = ready()
+    parameters = [nn.Parameter(torch.randn(PARAMETER)) for _ in range(millions)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = make(parameters)
     while True:
-        spent = {name: once(optimizer) for name, optimizer in calls.items()}
-        yield spent | {f"{name} state": state_bytes(optimizer) for name, optimizer in calls.items()}
+        start = time.process_time()
+        optimizer.step()
+        yield {f"{millions}M": time.process_time() - start, "state": state_bytes(optimizer)}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes a parameter."""
+    """Bytes a parameter; tables of levels, which all share, left out."""
     held = [t for state in optimizer.state.values() for name, t in state.items() if not name.startswith("qmap")]
-    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor)) / sum(p.numel() for p in optimizer.state)
+    return sum(map(num_bytes, held)) / sum(p.numel() for p in optimizer.state)
+
+
+def num_bytes(held: object) -> int:
+    if hasattr(held, "__tensor_flatten__"):  # torchao's state, which says that it is float32
+        return sum(getattr(held, name).nbytes for name in held.__tensor_flatten__()[0] if name != "qmap")
+    return held.nbytes if isinstance(held, torch.Tensor) else 0
 
 
 def fused() -> Callable:
@@ -246,19 +241,27 @@ def bitsandbytes() -> Callable:
     return partial(bitsandbytes_adamw8bit(), lr=1e-3)
 
 
+def torchao() -> Callable:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise InputError("torchao=true: torchao is missing; pip install torchao, or leave the key out") from None
+    return partial(AdamW8bit, lr=1e-3)
+
+
 def adamw_case(config: KernelsConfig, progress: Progress) -> Iterator[dict]:
     kinds = {"torch fused fp32": fused, "tlm 8-bit": eight_bits}
     if importlib.util.find_spec("bitsandbytes"):
         kinds["bitsandbytes 8-bit"] = bitsandbytes
-    records = contest("adamw", {name: partial(steps, config, kind) for name, kind in kinds.items()}, config, progress)
-    for name, record in records.items():
-        for millions in config.parameters:
-            value = record.turns[-1][f"{millions}M state"]
-            yield rounds.row("kernels", f"adamw {millions}M", name, "bytes of state a parameter", value, "number", 1)
-        for taken in record.turns:
-            for key in [key for key in taken if key.endswith("state")]:
-                taken.pop(key)
-    yield from times("adamw", records, "torch fused fp32", "s")
+    if config.torchao:
+        kinds["torchao 8-bit"] = torchao
+    for millions in config.parameters:  # one after the other: memory is that of the largest
+        contestants = {name: partial(steps, millions, kind) for name, kind in kinds.items()}
+        records = contest(f"adamw {millions}M", contestants, config, progress)
+        for name, record in records.items():
+            kept = [taken.pop("state") for taken in record.turns][-1]
+            yield rounds.row("kernels", f"adamw {millions}M", name, "bytes of state a parameter", kept, "number", 1)
+        yield from times("adamw", records, "torch fused fp32", "s")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -29,21 +29,35 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tasks.errors import InputError
+from tasks.pool import open_pool
 from tlm import engine as engines
+from tlm import multitask
 from tlm.batches import IGNORE
 from tlm.benches import rounds
-from tlm.config import BenchConfig, InitConfig, JointConfig, ModelConfig, TokenizerConfig, TrainConfig
+from tlm.config import (
+    BenchConfig,
+    InitConfig,
+    JointConfig,
+    ModelConfig,
+    MultitaskConfig,
+    PretrainConfig,
+    PromptsConfig,
+    TokenizerConfig,
+    TrainConfig,
+)  # fmt: skip
 from tlm.doctor import peak_flops
-from tlm.export import KINDS
+from tlm.export import KINDS, apart
 from tlm.export import config as modernbert_config
 from tlm.ledger import Ledger
 from tlm.mixture import EXTERNAL, TASK, Mixture
 from tlm.model import Attention, ModelShape, Transformer, forward_flops
-from tlm.objectives import Losses, Masking, Objective, Source
+from tlm.multitask import PreparedPool
+from tlm.objectives import Masking, Objective, Source
 from tlm.optimizers import muon_flops
 from tlm.precision import products
 from tlm.prepare import open_task, prepare
 from tlm.progress import Progress
+from tlm.prompted import Example, PromptedObjective
 from tlm.run import environment, write_json
 from tlm.tokenizer import CLS, MASK, PAD, SEP, SPECIALS
 
@@ -67,7 +81,7 @@ class Job:
     """What a turn is: `steps` optimizer steps of `objective` on what `mixture` draws, once through all sources."""
 
     shape: ModelShape
-    objective: Objective
+    objective: Objective | PromptedObjective
     mixture: Mixture
     steps: int
 
@@ -85,8 +99,9 @@ class Job:
         shape, total = self.shape, 0
         for step in self.turn(nth):
             for micro in self.objective.step(self.mixture.draw(step)):
-                texts = len(micro.batch) if micro.task else 0
-                total += 3 * forward_flops(shape, micro.batch.lengths, len(micro.batch.masked), texts)
+                batch = micro.batch.under(shape.attention)
+                texts = len(batch) if micro.task and batch.labels is not None else 0
+                total += 3 * forward_flops(shape, batch.lengths, len(batch.masked), texts, batch.attended)
         return total + muon * self.steps * muon_flops(shape.hidden, shape.intermediate, shape.layers)
 
 
@@ -109,6 +124,47 @@ def make_job(config: BenchConfig, sources: dict[str, Source], hidden: int, vocab
     )
     masking = Masking(JOINT.mask_rate, vocabulary, len(SPECIALS), MASK, config.seed)
     return Job(shape, Objective(drawn, JOINT.mlm_weight, masking), mixture, config.steps)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Prompted examples in memory, as a PromptSource has them."""
+
+    examples: list[Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, number: int) -> Example:
+        return self.examples[number]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(example.inputs) for example in self.examples])
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        return np.array([example.answer + 1 for example in self.examples])
+
+
+def multitask_job(config: BenchConfig, prepared: PreparedPool, hidden: int) -> Job:
+    """The first `steps` steps of `tlm pretrain`, over and over; causal, for transformers has no prefix attention."""
+    (stage,) = multitask.stages(pretrain_config(config), prepared, engines.ALONE)
+    batch = stage.mixture.batch[TASK]
+    numbers = stage.mixture.examples_at(TASK, np.arange(config.steps * batch))
+    drawn = Drawn([prepared.prompts.example(number) for number in numbers])
+    sizes = ModelConfig(hidden=hidden, layers=config.layers, heads=hidden // HEAD_DIM, intermediate=2 * hidden,
+                        max_length=config.max_length)  # fmt: skip
+    mixture = Mixture(config.seed, {TASK: len(drawn)}, {TASK: batch}, 0)
+    return Job(prepared.shape(sizes), PromptedObjective(drawn), mixture, config.steps)
+
+
+def pretrain_config(config: BenchConfig) -> PretrainConfig:
+    return PretrainConfig(
+        pool=PromptsConfig(config.pool), attention="causal", cache=config.cache, seed=config.seed,
+        tokenizer=TokenizerConfig(config.vocabulary), model=ModelConfig(max_length=config.max_length),
+        init=InitConfig("random"), joint=MultitaskConfig(batch_tokens=config.batch_tokens, eval_every=0),
+    )  # fmt: skip
 
 
 def sample(source: Source, texts: int, seed: int) -> Source:
@@ -146,7 +202,7 @@ def ours(job: Job, optimizer: str, precision: str = "fp32") -> Iterator:
 
 
 def our_engine(job: Job, optimizer: str):
-    engine = engines.initialize(Losses(start_model(job)), JOINT, optimizer, False, {})
+    engine = engines.initialize(job.objective.losses(start_model(job)), JOINT, optimizer, False, {})
     engines.set_rates(engine, JOINT, RATE_SHARE)
     return engine
 
@@ -255,6 +311,8 @@ if torch.cpu._is_amx_tile_supported():
 
 
 def heads(job: Job) -> list[str]:
+    if isinstance(job.objective, PromptedObjective):
+        return ["causal"]
     return ["mlm", "classification"] if TASK in job.objective.sources else ["mlm"]
 
 
@@ -264,6 +322,9 @@ def rival_batches(job: Job, nth: int) -> list[tuple[str, str, list[dict]]]:
     batches = []
     for step in job.turn(nth):
         (micro,) = job.mixture.draw(step)
+        if isinstance(job.objective, PromptedObjective):
+            batches.append(("causal", micro.source, [whole(job.objective.example(TASK, i)) for i in micro.examples]))
+            continue
         source = job.objective.sources[micro.source]
         masked = [{"input_ids": inputs, "labels": targets} for inputs, targets in job.objective.examples(micro)]
         batches.append(("mlm", micro.source, masked))
@@ -271,6 +332,12 @@ def rival_batches(job: Job, nth: int) -> list[tuple[str, str, list[dict]]]:
             plain = [{"input_ids": source.sequence(i), "labels": source.labels[i]} for i in micro.examples]
             batches.append(("classification", TASK, plain))
     return batches
+
+
+def whole(example: Example) -> dict[str, np.ndarray]:
+    """Prompt and answer with the token that ends it, and what of it is to be predicted: transformers shifts."""
+    inputs = np.append(example.inputs, example.targets[-1])
+    return {"input_ids": inputs, "labels": np.append(IGNORE, example.targets)}
 
 
 def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -286,16 +353,17 @@ def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def rival_model(job: Job, head: str, sparse: bool = False):
-    """The same weights in transformers' own class, for "mlm" or "classification"."""
+    """The same weights in transformers' own class, for "mlm", "classification" or "causal"."""
     import transformers
 
     specials = {f"{name[1:-1].lower()}_token": i for i, name in enumerate(SPECIALS)}
     labels = [str(i) for i in range(job.shape.num_labels)]
     values = modernbert_config(job.shape, labels, specials, head) | {"sparse_prediction": sparse}
-    model = getattr(transformers, KINDS[head].architecture)(transformers.ModernBertConfig.from_dict(values))
+    kind = transformers.ModernBertDecoderConfig if head == "causal" else transformers.ModernBertConfig
+    model = getattr(transformers, KINDS[head].architecture)(kind.from_dict(values))
     tensors = {
         theirs + name.removeprefix(prefix): tensor
-        for name, tensor in start_model(job).state_dict().items()
+        for name, tensor in (apart if head == "causal" else dict)(start_model(job).state_dict()).items()
         for prefix, theirs in KINDS[head].heads.items()
         if name.startswith(prefix)
     }
@@ -377,18 +445,23 @@ def ancestors(event) -> Iterator:
 
 @dataclass
 class Data:
-    external: Source
-    task: Source
+    external: Source | None
+    task: Source | None
     vocabulary: int
+    pool: PreparedPool | None = None
 
 
 def race(case: str, config: BenchConfig, data: Data, progress: Progress) -> Iterator[dict]:
-    """Cases mlm and joint. Tokens and FLOPs are those that the task needs, for all: what the rivals do beside (padding,
-    logits of tokens that are not masked, task texts twice as they have a model a head) does not count."""
+    """Cases mlm, joint, multitask. Tokens and FLOPs are those that the task needs, for all: what the rivals do beside
+    (padding, logits of tokens that are not masked, task texts twice as they have a model a head) does not count."""
     sources = {EXTERNAL: data.external} | ({TASK: data.task} if case == "joint" else {})
     for hidden in config.hidden:
-        job, title = make_job(config, sources, hidden, data.vocabulary), f"{case} hidden={hidden}"
-        records = contest(title, {name: partial(run, job) for name, run in RACE.items()}, config, progress)
+        title, racing = f"{case} hidden={hidden}", RACE
+        if case == "multitask":
+            job, racing = multitask_job(config, data.pool, hidden), {n: r for n, r in RACE.items() if "sparse" not in n}
+        else:
+            job = make_job(config, sources, hidden, data.vocabulary)
+        records = contest(title, {name: partial(run, job) for name, run in racing.items()}, config, progress)
         row = partial(rounds.row, "train", title, runs=len(records[OURS].turns))
         peaks = {precision: records.pop(name).turns for precision, name in MACHINE.items() if name in records}
         for precision, turns in peaks.items():
@@ -453,6 +526,7 @@ CASES = {  # what measures it; lines and columns of its table
     "joint": (race, "engine", "metric"),
     "parts": (parts, "metric", "case"),
     "growth": (growth, "case", "metric"),
+    "multitask": (race, "engine", "metric"),
 }
 
 
@@ -495,16 +569,26 @@ def check(config: BenchConfig) -> None:
         raise InputError(
             f"steps={config.steps}: must be a multiple of {CYCLE}, as a task batch comes after every {CYCLE - 1} others"
         )
+    if {"multitask"} != set(config.cases) and not config.task:
+        raise InputError("task=: missing; `tlm bench train task=...` needs it (see `tlm bench train --help`)")
+    if "multitask" in config.cases and not config.pool:
+        raise InputError("pool=: missing; cases=[multitask] trains on prompted tasks, as in pool=FOLDER")
     missing = [name for name in RIVALS_NEED if importlib.util.find_spec(name) is None]
-    if missing and {"mlm", "joint"} & set(config.cases):
+    if missing and {"mlm", "joint", "multitask"} & set(config.cases):
         raise InputError(
-            f"{missing[0]}: not installed, and cases mlm and joint measure its Trainer; "
+            f"{missing[0]}: not installed, and cases mlm, joint and multitask measure its Trainer; "
             f"pip install -c constraints.txt {' '.join(missing)}, or set cases=[parts,growth]"
         )
 
 
 def prepare_data(config: BenchConfig, progress: Progress) -> Data:
     """The texts and vocabulary that `tlm train` would use; without a corpus the task's texts serve as general text."""
+    pool = None
+    if "multitask" in config.cases:
+        opened = open_pool(config.pool)
+        pool = multitask.prepare(pretrain_config(config), opened, opened.select(["train"]), Ledger(), progress)
+        if set(config.cases) == {"multitask"}:
+            return Data(None, None, 0, pool)
     train = TrainConfig(
         task=config.task, corpus=config.corpus, cache=config.cache, seed=config.seed, threads=config.threads,
         tokenizer=TokenizerConfig(config.vocabulary), model=ModelConfig(max_length=config.max_length),
@@ -512,7 +596,7 @@ def prepare_data(config: BenchConfig, progress: Progress) -> Data:
     )  # fmt: skip
     prepared = prepare(train, open_task(train.task, train.data), Ledger(), progress, engines.ALONE)
     task = prepared.source("train")
-    return Data(prepared.external or Source(task.sequence, task.lengths), task, prepared.vocabulary)
+    return Data(prepared.external or Source(task.sequence, task.lengths), task, prepared.vocabulary, pool)
 
 
 def version(package: str) -> str | None:

@@ -3,13 +3,15 @@
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from tasks.errors import InputError
-from tlm.config import TrainConfig
+from tlm.config import BASES, TrainConfig
+from tlm.lowbit.adapters import BLOCK, Adapted, adapters, bitsandbytes, trains
 from tlm.lowbit.linear import Linear
 from tlm.lowbit.recipes import RECIPES
 
@@ -38,25 +40,29 @@ def outside_layers(name: str, linear: nn.Linear) -> str | None:
     return None if ".layers." in f".{name}" else "a head"
 
 
-def convert(model: nn.Module, recipe: str, leave: Leave = outside_layers) -> Conversion:
+def convert(model: nn.Module, recipe: str, leave: Leave = outside_layers, rank: int = 0) -> Conversion:
     """Put a lowbit.Linear in the place of every nn.Linear that is not left; parameters stay the same objects, under the
-    same names. Raises InputError for an unknown recipe, or where nothing would be converted."""
-    if recipe not in RECIPES:
-        raise InputError(f"precision={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
+    same names. For a frozen base an empty Adapted, with adapters of `rank`; the rest of the encoder is frozen, too.
+    Raises InputError for an unknown recipe, or where nothing would be converted."""
+    if recipe not in (*RECIPES, *BASES):
+        raise InputError(f"precision={recipe}: no such recipe; use one of {', '.join((*RECIPES, *BASES))}")
     converted, left = [], {}
     for name, module in list(model.named_modules()):
         if not list(module.parameters(recurse=False)):
             continue
-        if reason := why_left(name, module, leave):
+        if reason := why_left(name, module, leave) or (recipe in BASES and cut(module)):
             left[name] = reason
         else:
-            model.set_submodule(name, lowbit(module, recipe))
+            model.set_submodule(name, lowbit(module, recipe) if recipe in RECIPES else frozen(module, recipe, rank))
             converted.append(name)
     if not converted:
         raise InputError(
             f"precision={recipe}: no matrix of the layers has {SMALLEST} inputs and outputs or more, so that nothing "
             "would change; set precision=fp32 or choose a larger model"
         )
+    if recipe in BASES:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains(name))
     return Conversion(recipe, tuple(converted), left)
 
 
@@ -75,6 +81,25 @@ def lowbit(linear: nn.Linear, recipe: str) -> Linear:
         result = Linear(linear.in_features, linear.out_features, linear.bias is not None, recipe)
     result.weight, result.bias = linear.weight, linear.bias
     return result.train(linear.training)
+
+
+def cut(linear: nn.Linear) -> str | None:
+    return f"no multiple of {BLOCK} weights" if linear.weight.numel() % BLOCK else None
+
+
+def frozen(linear: nn.Linear, base: str, rank: int) -> Adapted:
+    assert linear.bias is None  # the layers' have none
+    return Adapted(linear.in_features, linear.out_features, base, rank).train(linear.training)
+
+
+def adapt(model: nn.Module, base: str, rank: int, generator: torch.Generator | None = None) -> Conversion:
+    """Freeze a Transformer's encoder, its matrices as `base`, and draw adapters, if `rank` is not 0. In place."""
+    weights = model.state_dict()
+    model.conversion = convert(model, base, rank=rank)
+    for name, module in adapters(model).items():
+        module.freeze(weights[f"{name}.weight"], generator)
+    model.shape = replace(model.shape, recipe=base, rank=rank)
+    return model.conversion
 
 
 def weights_as_read(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,7 +126,12 @@ def take_odd(model: nn.Module) -> Counter[str]:
 
 def recipe_of(precision: str) -> str | None:
     """The recipe that `precision=` names, if it is one."""
-    return precision if precision in RECIPES else None
+    return precision if precision in (*RECIPES, *BASES) else None
+
+
+def in_shape(config: Any) -> dict[str, Any]:
+    """Fields of the ModelShape that a run's configuration sets: `recipe`, and the `rank` of adapters."""
+    return {"recipe": recipe_of(config.precision), "rank": config.rank if config.precision in BASES else 0}
 
 
 def check(config: TrainConfig, device: torch.device) -> None:
@@ -109,6 +139,13 @@ def check(config: TrainConfig, device: torch.device) -> None:
     if not recipe_of(config.precision):
         return
     key = f"precision={config.precision}"
+    if config.precision in BASES and not config.init_from:
+        raise InputError(
+            f"{key}: freezes the encoder, which from a random start would stay random; name weights to start from "
+            "(init_from=runs/NAME/model), or another precision"
+        )
+    if config.precision in BASES:
+        bitsandbytes()
     if device.type != "cpu":
         check_gpu(key, device)
     if config.compile:
@@ -117,6 +154,8 @@ def check(config: TrainConfig, device: torch.device) -> None:
 
 def check_gpu(key: str, device: torch.device) -> None:
     name = key.removeprefix("precision=")
+    if name in BASES:
+        raise InputError(f"{key}: has been tried on a CPU alone; set device=cpu")
     if name not in ON_GPU:
         raise InputError(f"{key}: has no GPU kernels; set device=cpu, or precision= to one of {', '.join(ON_GPU)}")
     if not importlib.util.find_spec("triton"):

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tasks.errors import InputError
-from tlm.lowbit.conversion import SMALLEST, Conversion, outside_layers
+from tlm.config import BASES
+from tlm.lowbit.adapters import merge
+from tlm.lowbit.conversion import SMALLEST, Conversion, adapt, outside_layers
 from tlm.lowbit.cpu.packed import Packed, linear, pack
 from tlm.lowbit.recipes import RECIPES
 from tlm.model import GatedMLP, ModelShape, Transformer, load_model, write_tensors
@@ -49,7 +51,9 @@ def pack_model(model: Transformer, precision: str) -> Conversion:
     and binary what was trained so. Raises InputError for anything else."""
     recipe, own = model.shape.recipe, own_precision(model.shape)
     if precision not in BITS:
-        raise InputError(f"precision={precision}: has no kernel for inference on a CPU; use one of {', '.join(BITS)}")
+        raise InputError(
+            f"precision={precision}: is not for inference on a CPU; use one of {', '.join((*BITS, *BASES))}"
+        )
     if precision != own:
         trained = f"by precision={recipe}" if recipe else "in fp32"
         raise InputError(f"precision={precision}: the model was trained {trained}; set precision={own}")
@@ -68,10 +72,19 @@ def pack_model(model: Transformer, precision: str) -> Conversion:
 
 
 def open_packed(folder: Path, precision: str | None) -> Transformer:
-    """The model of a folder that holds a packed one, or one that is packed now. Raises InputError."""
+    """The model of a folder that holds a packed one, or one whose layers are made so small now, adapters merged before.
+    Raises InputError."""
     if not (folder / FILE).exists():
         model = load_model(folder)
-        pack_model(model, precision)
+        merge(model)
+        if precision not in BASES:
+            pack_model(model, precision)
+        elif model.shape.recipe in RECIPES and RECIPES[model.shape.recipe].in_the_weights:
+            raise InputError(
+                f"precision={precision}: the model was trained by precision={model.shape.recipe}; set that"
+            )
+        else:
+            adapt(model, precision, rank=0)
         return model
     model = load_packed(folder)
     (bits,) = {module.packed.bits for module in model.modules() if isinstance(module, PackedLinear)}

@@ -15,9 +15,11 @@ from tasks.columns import nearest
 from tasks.errors import InputError
 from tasks.pool_sources import Found, Row
 from tasks.prompts import fill
+from tasks.sources import hub_library, unloaded
 
 FOLDER = Path(__file__).parent / "collections"
 ENOUGH = 600  # rows of a task and split: pool_sources.MOST, and some for repeats and texts too long
+NETWORK = "is there a network?"  # the names are ours
 
 
 def names() -> list[str]:
@@ -88,31 +90,18 @@ def as_row(record: dict, about: dict) -> Row | None:
 
 
 def configurations(dataset: str) -> list[str]:
-    datasets = library()
+    datasets = hub_library("hub=")
     try:
         return datasets.get_dataset_config_names(dataset)
     except Exception as error:
-        raise unloaded(dataset, error) from error
+        raise unloaded(f"hf:{dataset}", NETWORK, error) from error
 
 
 def rows_of(dataset: str, config: str | None, split: str, most: int | None = ENOUGH) -> Iterator[dict]:
     """Streamed; nothing where there is no such split."""
-    datasets = library()
+    datasets = hub_library("hub=")
     try:
         tables = datasets.load_dataset(dataset, config, streaming=True)
         yield from islice(tables[split], most) if split in tables else ()
     except Exception as error:  # as in sources.py: the library raises a dozen kinds
-        raise unloaded(f"{dataset}/{config}" if config else dataset, error) from error
-
-
-def library():
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("hub=: the package `datasets` is missing; pip install tlm[hub]") from error
-    return datasets
-
-
-def unloaded(where: str, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return InputError(f"hf:{where}: cannot be loaded; is there a network? ({reason})")
+        raise unloaded(f"hf:{dataset}/{config}" if config else f"hf:{dataset}", NETWORK, error) from error

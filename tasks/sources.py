@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from tasks import columns, files
@@ -118,16 +119,12 @@ def _open_hub(spec: str) -> Source:
 
 def _from_hub(name: str, dataset: str, config: str | None, card: dict) -> Source:
     where = f"hf:{dataset}/{config}" if config else f"hf:{dataset}"
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"{where}: the package `datasets` is missing; pip install tlm[hub]") from error
+    datasets = hub_library(where)
     try:
         tables = datasets.load_dataset(dataset, config)
     except Exception as error:
         # Unknown names, data sets that are scripts, no network: the library raises a dozen kinds, and its own.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{where}: cannot be loaded; is the name right, is there a network? ({reason})") from error
+        raise unloaded(where, "is the name right, is there a network?", error) from error
     wanted = card.get("splits") or {SPLIT_OF[table]: table for table in tables if table in SPLIT_OF}
     if "train" not in wanted or not set(wanted.values()) <= set(tables):
         raise InputError(f"{where}: a split named train is wanted; it has {', '.join(tables)}")
@@ -142,3 +139,17 @@ def _from_hub(name: str, dataset: str, config: str | None, card: dict) -> Source
             raise InputError(f"{path}: the split is empty")
     features = tables[wanted["train"]].features.items()
     return Source(name, records, card, inputs, {c: f.names for c, f in features if isinstance(f, datasets.ClassLabel)})
+
+
+def hub_library(where: str) -> ModuleType:
+    """`datasets`. Raises InputError, about `where`, if it is missing."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{where}: the package `datasets` is missing; pip install tlm[hub]") from error
+    return datasets
+
+
+def unloaded(where: str, question: str, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return InputError(f"{where}: cannot be loaded; {question} ({reason})")

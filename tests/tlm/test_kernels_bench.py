@@ -65,19 +65,7 @@ def test_medians_of_times_and_of_ratios_of_a_round():
     assert {row["case"] for row in rows} == {"linear a"}
 
 
-def test_the_command_writes_what_it_shows(tmp_path, monkeypatch, capsys):
-    """Contestants in this process, one turn each."""
-
-    def contest(title, contestants, *_):
-        def first(contestant):
-            turns = contestant()
-            next(turns)
-            return [next(turns)]
-
-        return {name: rounds.Record(first(contestant)) for name, contestant in contestants.items()}
-
-    monkeypatch.setattr(rounds, "contest", contest)
-    monkeypatch.setattr(kernels, "LEAST_SECONDS", 0.0001)
+def test_the_command_writes_what_it_shows(tmp_path, in_this_process, capsys):
     out = tmp_path / "kernels.json"
     assert main(["bench", "kernels", "cases=[linear]", "rows=[2]", "hidden=[32]", "threads=1", f"out={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]

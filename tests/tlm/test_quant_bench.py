@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tlm.benches import kernels, quant, rounds
+from tlm.benches import quant
 from tlm.cli import main
 from tlm.config import QuantConfig
 from tlm.lowbit.cpu import build
@@ -27,20 +27,7 @@ def runs(tiny_task, tmp_path_factory):
     return out
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Contestants take one turn each."""
-
-    def contest(title, contestants, *_):
-        def first(contestant):
-            turns = contestant()
-            next(turns)
-            return [next(turns)]
-
-        return {name: rounds.Record(first(contestant)) for name, contestant in contestants.items()}
-
-    monkeypatch.setattr(rounds, "contest", contest)
-    monkeypatch.setattr(kernels, "LEAST_SECONDS", 0.0001)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def test_scores_are_those_of_tlm_eval_and_files_shrink(runs, tmp_path, capsys):

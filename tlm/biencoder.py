@@ -37,7 +37,7 @@ from tlm.mixture import TASK, Mixture, order
 from tlm.model import write_tensors
 from tlm.multitask import SAMPLED, WINDOW, Taken, shown, take
 from tlm.optimizers import schedule
-from tlm.plan import EVALUATIONS, texts_a_batch
+from tlm.plan import steps_between_scores, texts_a_batch
 from tlm.progress import Progress
 from tlm.prompted import Number, chosen_prompt, rendered
 from tlm.run import Run, read_json, write_json
@@ -190,7 +190,7 @@ def with_steps(config: PretrainConfig, taken: Taken, model: BiEncoder) -> Pretra
         steps = round(config.budget / (3 * batch * joint.accumulation * of_all / len(sample)))
         if not steps:
             raise InputError(f"budget={config.budget:g}: too small for a step; raise it")
-        joint = replace(joint, steps=steps, eval_every=max(1, -(-steps // EVALUATIONS)))
+        joint = replace(joint, steps=steps, eval_every=steps_between_scores(steps, last=True))
     return replace(config, joint=joint)
 
 

@@ -30,7 +30,7 @@ from tasks.errors import InputError
 from tlm.benches.recipe import Planned, planned, queue
 from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
 from tlm.ledger import Ledger
-from tlm.plan import steps_within
+from tlm.plan import steps_between_scores, steps_within
 from tlm.prepare import leaks_by_task, open_corpus, open_task
 from tlm.progress import Progress
 from tlm.run import read_json, write_text
@@ -38,7 +38,6 @@ from tlm.run import read_json, write_text
 KINDS = ("tfidf", "scratch", "tlm", "pt-ft", "pt-ft+tapt", "hf")
 PRETRAINED = ("pt-ft", "pt-ft+tapt")
 FIXED = ("task", "corpus", "run", "out", "cache", "seed", "threads", "test", "init_from", "unseen", "joint.keep_at")
-EVALUATIONS = 10  # on dev, a stage
 COOLING = 0.6  # share of the steps in which the trapezoid falls
 SPACING = 4  # of the checkpoints' FLOPs
 # What is tuned: keys and the values tried beside the recipe's own. The paper chose rho1 and rho2 by dev as well.
@@ -223,7 +222,7 @@ class Study:
             given = [f"corpus={self.config.corpus}"] if arm.kind == "tlm" else []
         if "finetune.steps=0" not in settings:
             steps["finetune"] = max(1, steps["finetune"])
-        every = [f"{stage}.eval_every={max(1, -(-steps[stage] // EVALUATIONS))}" for stage in stages]
+        every = [f"{s}.eval_every={steps_between_scores(steps[s], last=s == 'finetune')}" for s in stages]
         given += [*every, *settings, *(f"{stage}.steps={steps[stage]}" for stage in stages)]
         given.append(f"test={str(test).lower()}")
         return self.run(f"{task}/{name}", task, seed, given, share * self.full(arm))

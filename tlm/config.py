@@ -206,7 +206,7 @@ class TrainerConfig(RunConfig):
         "none", "most tokens a process computes at once: a number, none, or auto: what fits; a step stays the same"
     )
     budget: float | None = key(
-        None, "FLOPs of the whole run: both stages' steps follow from it, and dev is scored 5 times a stage"
+        None, "FLOPs of the whole run: both stages' steps follow from it, and dev is scored 6 or 7 times"
     )
     optimizer: str = key("muon", "muon (Muon for matrices, AdamW for the rest), adamw or adamw8bit")
     checkpoint_seconds: int = key(120, "seconds between checkpoints")

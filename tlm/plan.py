@@ -34,7 +34,9 @@ EXPECTED_MFU = 0.5
 COVERED, LENGTHS = 0.95, (128, 512)  # share of the training texts that are read whole; bounds of `model.max_length`
 BALANCE = {"macro_f1": 0.5}  # such a metric counts each label alike, so that its optimum does not follow their shares
 LEAST_WORDS = 100_000  # of a selection
-EVALUATIONS = 5  # on dev, of a stage whose steps follow from the budget
+# Scores of dev in a stage whose steps follow from the budget. The weights kept are the last stage's; half of the runs'
+# seconds went into ten scorings.
+EVALUATIONS, EVALUATIONS_BEFORE = 5, 2
 BASE_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8-weight": 1}  # a weight, with its share of the scale
 LIBRARIES_BYTES = 560 << 20  # of a process that has loaded all that a run loads, and no data (measured on a CPU)
 
@@ -219,8 +221,13 @@ def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_
         steps = max(0, round((second if name == "finetune" else 1 - second) * left / flops))
         if name == "joint" and not steps:
             raise InputError(f"budget={config.budget:g}: too small for a step of the joint stage; raise it")
-        stages[name] = replace(getattr(config, name), steps=steps, eval_every=max(1, -(-steps // EVALUATIONS)))
+        eval_every = steps_between_scores(steps, last=name == list(per_step)[-1])
+        stages[name] = replace(getattr(config, name), steps=steps, eval_every=eval_every)
     return replace(config, **stages)
+
+
+def steps_between_scores(steps: int, last: bool) -> int:
+    return max(1, -(-steps // (EVALUATIONS if last else EVALUATIONS_BEFORE)))
 
 
 def start_flops(config: TrainConfig) -> int:

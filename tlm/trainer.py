@@ -316,7 +316,7 @@ class Loop:
         stage, settings, meter = self.stage, self.stage.config, self.meter
         saved = time.perf_counter()
         self.model.train()
-        if stage.step == 0 and stage.keeps_best and self.config.finetune.head == "keep" and settings.eval_every:
+        if stage.step == 0 and stage.keeps_best and scores_first(self.config):
             with meter.paused("evaluation"):
                 self.score_dev(boards)  # where labels are few, the joint stage's weights may be the best
         while stage.step < settings.steps and not exhausted(stage):
@@ -341,7 +341,8 @@ class Loop:
 
             last = stage.step == settings.steps
             kept = stage.step in getattr(settings, "keep_at", ())
-            if settings.eval_every and (stage.step % settings.eval_every == 0 or last):
+            between = settings.eval_every and stage.step % settings.eval_every == 0
+            if (settings.eval_every and not self.scored_next) if last else between:
                 with meter.paused("evaluation"), stage.average.swapped(self.model):
                     self.score_dev(boards)
             if stage.step % LOG_EVERY == 0 or last or kept or exhausted(stage):
@@ -356,6 +357,11 @@ class Loop:
             if asked:
                 self.checkpoints.wait()
                 raise Stopped(signals.number or signal.SIGTERM)
+
+    @property
+    def scored_next(self) -> bool:
+        """Whether the next stage begins with a score of this one's last weights."""
+        return not self.stage.keeps_best and scores_first(self.config)
 
     def batches(self, index: int) -> Drawn:
         draw = self.stage.mixture.draw(index)
@@ -470,6 +476,12 @@ class Loop:
 def finite(value: float) -> float | None:
     """JSON has no word for what is not a number."""
     return value if math.isfinite(value) else None
+
+
+def scores_first(config: TrainConfig) -> bool:
+    """Whether the finetune stage scores the weights that it starts from."""
+    finetune = getattr(config, "finetune", None)
+    return bool(finetune and finetune.head == "keep" and finetune.eval_every and finetune.steps)
 
 
 def exhausted(stage: Stage) -> bool:

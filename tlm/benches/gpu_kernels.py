@@ -117,6 +117,7 @@ def linears(N: int, K: int, O: int, device: torch.device) -> tuple[dict[str, Con
     plain = leaves[0], w.bfloat16().requires_grad_()
     found: dict[str, Contestant] = {"bf16 cuBLAS": lambda: trained(nn.functional.linear, *plain)}
     for name in ON_GPU:
+
         def ours(x, w, recipe=RECIPES[name]):
             with torch.autocast(device.type, torch.bfloat16):
                 return Products.apply("plain", x, w, None, 0.0, recipe, Counter(), True)
@@ -124,9 +125,7 @@ def linears(N: int, K: int, O: int, device: torch.device) -> tuple[dict[str, Con
         found[f"ours {name}"] = lambda ours=ours: trained(ours, *leaves)
         if importlib.util.find_spec("torchao") and device.type == "cuda" and name != "fp8-blockwise":
             theirs = by_torchao(w, name.removeprefix("fp8-"))
-            found[f"torchao {name}"] = lambda theirs=theirs: trained(
-                lambda x, _: theirs(x), leaves[0], theirs.weight
-            )
+            found[f"torchao {name}"] = lambda theirs=theirs: trained(lambda x, _: theirs(x), leaves[0], theirs.weight)
     right = trained(nn.functional.linear, x.double().requires_grad_(), w.double().requires_grad_())
     return found, right
 

@@ -184,3 +184,23 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(rounds, "contest", contest)
     monkeypatch.setattr(kernels, "LEAST_SECONDS", 0.0001)
+
+
+class Here:
+    """A run of tlm/jobs.py made in this process rather than in another."""
+
+    def __init__(self, run):
+        from tlm.cli import main
+
+        self.returncode = main([run.verb, *run.settings])
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def jobs_here(monkeypatch):
+    from tlm import jobs
+
+    monkeypatch.setattr(jobs, "start", Here)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)

@@ -188,6 +188,7 @@ REQUIRED = {
     "bench resume": ("task",),
     "bench quant": ("runs",),
     "bench lowbit": ("task", "corpus"),
+    "bench zeroprompt": ("name", "pool"),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {

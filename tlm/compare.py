@@ -27,8 +27,8 @@ from itertools import product
 from pathlib import Path
 
 from tasks.errors import InputError
-from tlm.benches.recipe import Planned, planned, queue
 from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
+from tlm.jobs import Planned, planned, queue
 from tlm.ledger import Ledger
 from tlm.plan import steps_between_scores, steps_within
 from tlm.prepare import leaks_by_task, open_corpus, open_task

@@ -496,6 +496,32 @@ class QuantConfig:
 
 
 @dataclass
+class ZeropromptConfig:
+    name: str = key("", "name of the study: its runs lie in OUT/NAME, beside NAME.json and NAME.png")
+    pool: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")
+    corpus: str | None = key(None, "general text, for the arms that ask for it by +corpus")
+    arms: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NAME word ...: key=value of `tlm pretrain`, +corpus, share=S, init_from=@ARM or without=CATEGORY"
+        },
+    )
+    settings: list[str] = field(
+        default_factory=list, metadata={"help": "key=value of `tlm pretrain` for all arms alike"}
+    )
+    budget: float = key(3e12, "FLOPs a run")
+    seeds: int = key(3, "runs of an arm, seeds 0, 1, ...")
+    categories: list[str] = field(
+        default_factory=lambda: ["heldout"], metadata={"help": "that are scored: by name, or heldout for all held out"}
+    )
+    limit: int | None = key(None, "score at most so many instances of a task")
+    rule: str = key("sum", "what scores choices: sum, byte or unconditional (a bi-encoder has but one)")
+    jobs: int = key(2, "runs at a time, a process of one thread each")
+    out: str = key("runs/zeroprompt", "folder of the studies")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+
+
+@dataclass
 class LowbitConfig:
     task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
     corpus: str = key("", "general text: a store, folder, file, glob or address")
@@ -519,7 +545,9 @@ class RecipeConfig:
         default_factory=list,
         metadata={"help": "key=value of `tlm train` that differ from its defaults; TASK:key=value: for one task alone"},
     )
-    budget: float = key(6e12, "FLOPs a run: 6e12, 2.4e13 or 1e14, which take 1, 4 or 17 minutes at 1e11 FLOP/s")
+    budget: float = key(
+        1.2e13, "FLOPs a run: 3e12, 1.2e13 or 5e13, which take two cores about 1, 4 or 16 minutes, everything counted"
+    )
     data: str = key("", "folder that holds the task folders")
     corpus: str = key("", "general text: a store, folder, file, glob or address")
     tasks: list[str] = field(

@@ -14,8 +14,7 @@ import pytest
 from conftest import write_jsonl
 
 from tasks.metrics import METRICS
-from tlm import compare, compare_report, curves, evaluate
-from tlm.benches import recipe
+from tlm import compare, compare_report, curves, evaluate, jobs
 from tlm.cli import main
 from tlm.compare import open_study, parse_arm
 from tlm.config import CompareConfig, TrainConfig, load, validate
@@ -38,7 +37,7 @@ def read(path):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(recipe, "POLL_SECONDS", 0)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ class StandIn:
         self.made.append(run)
         self.returncode = 2 if self.fails in str(run.folder) else 0
         if self.returncode:
-            write_text(recipe.log_of(run), "tlm: the disk is full\n")
+            write_text(jobs.log_of(run), "tlm: the disk is full\n")
             return
         config = validate(load(TrainConfig, list(run.settings)))
         task, ledger = open_task(config.task, config.data), Ledger(flops=int(run.flops), seconds={"joint": 2.0})
@@ -121,7 +120,7 @@ def skill(config) -> float:
 def made(monkeypatch, request):
     """The runs that were made, by stand-ins; plots are drawn where a test's name holds `report`."""
     monkeypatch.setattr(StandIn, "made", [])
-    monkeypatch.setattr(recipe, "start", StandIn)
+    monkeypatch.setattr(jobs, "start", StandIn)
     if "report" not in request.node.name:
         for module in (curves, compare_report):
             monkeypatch.setattr(module, "render", lambda *_, **__: b"a picture")
@@ -299,18 +298,7 @@ def test_the_report_renders_in_a_browser(ask, made, tmp_path):
 # --- a whole comparison ---------------------------------------------------------------------------------------------
 
 
-class Here:
-    """A run made in this process rather than in another."""
-
-    def __init__(self, run):
-        self.returncode = main(["train", *run.settings])
-
-    def poll(self):
-        return self.returncode
-
-
-def test_a_whole_comparison(ask, tmp_path, monkeypatch, tiny_task):
-    monkeypatch.setattr(recipe, "start", Here)
+def test_a_whole_comparison(ask, tmp_path, tiny_task, jobs_here):
     keys = dict(arms="[tlm,pt-ft+tapt]", seeds=1, tries=1, checkpoints=1, pretraining=1, budget=1e9)
     assert main(["compare", *ask(**keys)]) == 0
     out = tmp_path / "out"

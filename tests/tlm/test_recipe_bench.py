@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.errors import InputError
+from tlm import jobs
 from tlm import prepare as preparing
 from tlm.batches import pack
 from tlm.benches import recipe
@@ -82,7 +83,7 @@ def test_scores_are_of_dev_and_the_budget_is_kept(finished, tiny_task):
 
 
 def test_finished_runs_are_not_repeated_and_compare_as_equal(arguments, finished, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "PROGRAM", ["/bin/false"])
+    monkeypatch.setattr(jobs, "PROGRAM", ["/bin/false"])
     assert main([*arguments, "against=mine"]) == 0
     assert "+0.00 to mine, p = 1.0000 over 2 pairs" in capsys.readouterr().out
 
@@ -123,7 +124,7 @@ def test_a_run_without_test_does_not_touch_it(tiny_task, tmp_path, monkeypatch):
 # Notes that it was started, and finishes unless its fault is due.
 STANDS_FOR_TLM = """
 import json, os, pathlib, signal, sys, time
-folder, fault = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder, fault = pathlib.Path(sys.argv[2]), sys.argv[3]
 (folder / "ckpt").mkdir(parents=True, exist_ok=True)
 with open(folder / "starts", "a") as file:
     file.write("x")
@@ -139,16 +140,16 @@ time.sleep(float(fault) if fault[0].isdigit() else 0)
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "PROGRAM", [sys.executable, "-S", "-c", STANDS_FOR_TLM])
-    monkeypatch.setattr(recipe, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "PROGRAM", [sys.executable, "-S", "-c", STANDS_FOR_TLM])
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
     runs = {}
 
     def make(*faults):
         runs.clear()
         for number, fault in enumerate(faults):
             folder = tmp_path / f"run-{number}"
-            runs[fault] = recipe.Planned("any", number, folder, [str(folder), fault], 1.0)
-        recipe.queue(list(runs.values()), 2, QUIET)
+            runs[fault] = jobs.Planned("any", number, folder, [str(folder), fault], 1.0)
+        jobs.queue(list(runs.values()), 2, QUIET)
         return runs
 
     make.runs = runs
@@ -162,7 +163,7 @@ def starts(run):
 def test_a_killed_run_is_started_again_and_a_finished_one_is_not(queue):
     runs = queue("none", "killed once", "0.1")
     assert all(run.finished and not (run.folder / "ckpt").exists() for run in runs.values())
-    recipe.queue(list(runs.values()), 2, QUIET)
+    jobs.queue(list(runs.values()), 2, QUIET)
     assert [starts(run) for run in runs.values()] == [1, 2, 1]
 
 
@@ -176,15 +177,15 @@ def test_a_run_that_fails_or_is_killed_again_and_again_is_named(queue):
 def test_the_others_are_ended_where_one_fails(queue):
     with pytest.raises(InputError):
         queue("30", "fails")
-    with open(recipe.log_of(queue.runs["30"])) as log:
+    with open(jobs.log_of(queue.runs["30"])) as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
     assert not queue.runs["30"].finished
 
 
 def test_a_run_that_another_bench_makes_is_waited_for(queue, tmp_path):
-    run = recipe.Planned("any", 0, tmp_path / "run-0", [str(tmp_path / "run-0"), "0.5"], 1.0)
-    other = recipe.start(run)
-    assert recipe.start(run) is None
+    run = jobs.Planned("any", 0, tmp_path / "run-0", [str(tmp_path / "run-0"), "0.5"], 1.0)
+    other = jobs.start(run)
+    assert jobs.start(run) is None
     queue("none")
     assert other.wait() == 0
     assert starts(run) == 1
@@ -310,7 +311,7 @@ def test_a_record_is_kept_if_it_is_better_beyond_chance(tmp_path):
         (["record=x", "seeds=2"], "with 3 seeds"),
         (["record=x", "final=true"], "on dev"),
         (["record=x", "against=y"], "against the last record"),
-        (["against=absent"], "absent/6e12/summary.json: no such file"),
+        (["against=absent"], "absent/1.2e13/summary.json: no such file"),
         (["recipe=[finetune.share=1]"], "must be a share"),
         (["name="], "key name needs a value"),
     ],

@@ -8,5 +8,6 @@ BENCHES = {  # name: what it does, and the class in config.py that lists its key
     "gpu-kernels": ("FP8 kernels beside cuBLAS, torch._scaled_mm and torchao, on a GPU", "GpuKernelsConfig"),
     "quant": ("trained runs in fewer bits: scores on dev, size, latency, throughput", "QuantConfig"),
     "lowbit": ("training by each recipe of few bits beside fp32, over tasks and seeds", "LowbitConfig"),
+    "zeroprompt": ("arms of `tlm pretrain` at equal FLOPs, scored on categories never seen", "ZeropromptConfig"),
     "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from tasks.errors import InputError
-from tlm.benches.recipe import HELD_OUT_PASSAGES, Planned, planned, queue
+from tlm.benches.recipe import HELD_OUT_PASSAGES
 from tlm.config import RECIPES, LowbitConfig
 from tlm.curves import read_metrics
+from tlm.jobs import Planned, planned, queue
 from tlm.progress import Progress
 from tlm.run import environment, read_json, write_json
 

@@ -8,22 +8,10 @@
 - The score of a run is (metric - majority) / (1 - majority), where majority always says train's commonest label; that
   of a recipe is the mean over tasks and seeds.
 - A record is better than the last one of its budget on the whole yardstick with at least three seeds, p < 0.05.
-
-Runs are ordinary run folders. They are queued over processes of one thread, go on where they were stopped, and are
-never done twice; a lock on a run's log keeps two benches from the same run.
 """
 
-import fcntl
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -36,11 +24,11 @@ from tlm import plan
 from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm.curves import read_metrics
 from tlm.evaluate import test_scores
+from tlm.jobs import Planned, planned, queue
 from tlm.predict import open_run
 from tlm.prepare import open_task
 from tlm.progress import Progress
-from tlm.run import Run, read_json, write_json, write_text
-from tlm.signals import Stopped, StopSignals
+from tlm.run import read_json, write_json, write_text
 from tlm.tables import percent, scientific, short, whole
 
 YARDSTICK = ("sciie", "chemprot", "imdb", "ag_news", "rct_pmc", "hyperpartisan", "trec")
@@ -50,33 +38,8 @@ TRAIN_TEXTS = {"imdb": 1000, "ag_news": 500, "rct_pmc": 2000}  # of the others a
 FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "budget", "joint.steps", "finetune.steps")
 TFIDF = "tfidf"  # the rival's runs lie in a folder of this name
 HELD_OUT_PASSAGES = 200
-PROGRAM = [sys.executable, "-m", "tlm", "train"]
-STARTS = 5  # of a run that is killed again and again
-POLL_SECONDS = 1
 LEAST_SEEDS, LARGEST_P = 3, 0.05  # of a record
 RESAMPLES = 99_999
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run to be made: `tlm train` with these settings makes `folder`."""
-
-    task: str
-    seed: int
-    folder: Path
-    settings: list[str]
-    flops: float = 0.0  # its budget
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
-
-    def share_done(self) -> float:
-        path = self.folder / "metrics.jsonl"
-        if self.finished or not path.exists():
-            return float(self.finished)
-        spent = re.findall(rb'"flops": (\d+)', path.read_bytes()[-4096:])
-        return min(1.0, int(spent[-1]) / self.flops) if spent else 0.0
 
 
 def bench(config: RecipeConfig) -> int:
@@ -171,105 +134,6 @@ def tfidf_run(config: RecipeConfig, name: str) -> Planned:
 def same_for_all(config: RecipeConfig, name: str) -> list[str]:
     limit = [f"data.train_limit={TRAIN_TEXTS[name]}"] if name in TRAIN_TEXTS else []
     return [f"task={Path(config.data) / name}", *limit, f"cache={config.cache}", "threads=1"]
-
-
-def planned(task: str, seed: int, folder: Path, settings: list[str], flops: float = 0.0) -> Planned:
-    Run(folder, validate(load(TrainConfig, settings)))  # raises where the folder holds something else
-    return Planned(task, seed, folder, settings, flops)
-
-
-def queue(
-    runs: Sequence[Planned],
-    jobs: int,
-    progress: Progress,
-    more: Callable[[], Sequence[Planned]] | None = None,
-    failed: dict[Path, str] | None = None,
-    flops: float | None = None,
-) -> None:
-    """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints.
-
-    `more`: asked whenever a run has ended for all that can be made by now. `failed`: takes why a run failed, by its
-    folder; the others go on. `flops`: of all runs, those to come included.
-    """
-    runs = list(runs)
-    waiting, starts, active = deque(run for run in runs if not run.finished), Counter(), {}
-    begun, done_before = time.perf_counter(), flops_done(runs)
-    flops = flops or sum(run.flops for run in runs)
-    with progress.phase("runs", len(runs)), StopSignals() as signals:
-        try:
-            while waiting or active:
-                for _ in range(len(waiting)):
-                    run = waiting.popleft()
-                    process = start(run) if len(active) < jobs and not run.finished else None
-                    if process:
-                        active[process] = run
-                        starts[run.folder] += 1
-                    elif not run.finished:  # no process is free, or another bench is at it
-                        waiting.append(run)
-                time.sleep(POLL_SECONDS)
-                if signals.number:
-                    raise Stopped(signals.number)
-                for process in [process for process in active if process.poll() is not None]:
-                    run = active.pop(process)
-                    try:
-                        if again(run, process.returncode, starts[run.folder]):
-                            waiting.append(run)
-                    except InputError as error:
-                        if failed is None:
-                            raise
-                        failed[run.folder] = str(error)
-                        progress.say(f"failed: {error}")
-                    if more:
-                        known = {run.folder for run in runs}
-                        new = [run for run in more() if run.folder not in known]
-                        runs += new
-                        waiting += [run for run in new if not run.finished]
-                done = flops_done(runs)
-                note = " ".join(run.folder.name for run in active.values())
-                if done > done_before:
-                    left = (time.perf_counter() - begun) * max(0.0, flops - done) / (done - done_before)
-                    note = f"about {left / 60:.0f} minutes left: {note}"
-                progress.update(sum(run.finished for run in runs), len(runs), note)
-        finally:
-            for process in active:
-                process.terminate()
-            for process in active:
-                process.wait()
-
-
-def flops_done(runs: Sequence[Planned]) -> float:
-    return sum(run.flops * run.share_done() for run in runs)
-
-
-def start(run: Planned) -> subprocess.Popen | None:
-    """`tlm train`, or None if it is under way: whoever has its log open, this bench dead or alive, has the lock."""
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(run), "ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return subprocess.Popen(
-            [*PROGRAM, *run.settings],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-
-def log_of(run: Planned) -> Path:
-    return run.folder.with_name(f"{run.folder.name}.log")
-
-
-def again(run: Planned, status: int, starts: int) -> bool:
-    """Whether a process that has ended has to be started again: it was killed. Raises InputError if it failed."""
-    if status == 0:
-        shutil.rmtree(run.folder / "ckpt", ignore_errors=True)  # ten times the model's size, and of no more use
-        return False
-    killed = status < 0 or status > 128
-    if killed and starts < STARTS:
-        return True
-    said = log_of(run).read_text(errors="replace").strip().splitlines()
-    why = f"was killed {starts} times" if killed else f"failed: {said[-1] if said else f'exit status {status}'}"
-    raise InputError(f"{run.folder}: {why} (see {log_of(run)})")
 
 
 # --- what came of them ----------------------------------------------------------------------------------------------

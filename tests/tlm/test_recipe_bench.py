@@ -236,12 +236,24 @@ def test_the_plan_uses_the_budget_up(tiny_task, tiny_corpus, extra):
         assert costs["joint"].flops + costs["finetune"].flops + start_flops(train) == pytest.approx(6e12, rel=0.01)
     assert by_share["finetune"].flops == pytest.approx(0.2 * (6e12 - start_flops(train)), rel=0.01)
     a_pass = sum(mean_length([text], 128) for text in task.texts("train"))
-    assert by_passes["finetune"].tokens == pytest.approx(4 * a_pass, rel=0.1)  # in whole steps
+    assert by_passes["finetune"].tokens == pytest.approx(2 * a_pass, rel=0.1)  # in whole steps
     found = fitted(train, task)
     of_task = found.joint.steps / (found.joint.external_per_task + 1)
     assert of_task == pytest.approx(4 * micro_batches_a_pass(found, found.joint, task), rel=0.1)
     with pytest.raises(InputError, match="too small"):
         fitted(replace(train, budget=1e6), task)
+
+
+def test_a_budget_that_the_tasks_passes_use_up_leaves_no_external_text(tiny_task, tiny_corpus):
+    given = [f"task={tiny_task}", f"corpus={tiny_corpus}", "init=random", "model.max_length=128"]
+    train = validate(load(TrainConfig, given))
+    task = open_task(train.task, train.data)
+    one_pass = stage_costs(replace(train, corpus=None, joint=replace(train.joint, steps=1000)), task)["joint"].flops
+    one_pass *= micro_batches_a_pass(train, train.joint, task) / 1000
+    few, many = (fitted(replace(train, budget=2 * passes * one_pass), task) for passes in (4, 40))
+    assert few.joint.external_per_task == 0
+    assert many.joint.external_per_task > 3
+    assert fitted(replace(train, joint=replace(train.joint, steps=2)), task).joint.external_per_task == 1
 
 
 def test_held_out_passages_are_no_others():

@@ -163,7 +163,7 @@ class MultitaskConfig(StageConfig):
 @dataclass
 class FinetuneConfig(StageConfig):
     share: float = key(0.5, "share of budget= that this stage gets")
-    task_passes: float = key(2.0, "with a corpus, times that budget= lets it read the task's texts at most (0: any)")
+    task_passes: float = key(4.0, "with a corpus, times that budget= lets it read the task's texts at most (0: any)")
     dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
     mask_rate: float = key(0.15, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")

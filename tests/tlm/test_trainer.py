@@ -121,14 +121,34 @@ GOLDEN = {
 }
 
 
-def test_golden_losses(tiny_task, cache, tmp_path):
+@pytest.fixture
+def golden(tiny_task, cache, tmp_path):
     names = [f"task={tiny_task}", f"out={tmp_path}", f"cache={cache}", "run=golden"]
     keys = ["init=random", "joint.steps=20", "joint.eval_every=10", "joint.mlm_weight=1", "joint.mask_rate=0.15"]
     keys += ["finetune.mask_rate=0", "finetune.matrix_lr=3e-3"]
     keys += [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("embedding_share=1", "balance=0")]
-    assert main(["train", *names, *RUN, *keys]) == 0
-    found = {(r["stage"], r["step"], r["kind"]): r["loss"] for r in losses(tmp_path / "golden")}
-    assert found == pytest.approx(GOLDEN, rel=1e-5)
+
+    def run(*more):
+        assert main(["train", *names, *RUN, *keys, *more]) == 0
+        return {(r["stage"], r["step"], r["kind"]): r["loss"] for r in losses(tmp_path / "golden")}
+
+    return run
+
+
+def test_golden_losses(golden):
+    assert golden() == pytest.approx(GOLDEN, rel=1e-5)
+
+
+def test_what_stage_two_starts_from_is_scored_once(golden):
+    found = golden("finetune.head=keep", "finetune.steps=10")
+    scored = [(stage, step) for stage, step, kind in found if kind == "dev"]
+    assert scored == [("joint", 10), ("finetune", 0), ("finetune", 10)]
+    assert found["finetune", 0, "dev"] == pytest.approx(GOLDEN["joint", 20, "dev"], rel=1e-5)
+
+
+def test_without_stage_two_the_joint_stages_end_is_scored(golden):
+    found = golden("finetune.head=keep", "finetune.steps=0")
+    assert [(stage, step) for stage, step, kind in found if kind == "dev"] == [("joint", 10), ("joint", 20)]
 
 
 def test_a_finished_run_is_not_run_again(arguments, tmp_path, finished, capsys):

@@ -167,17 +167,18 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
 def with_mixture(config: TrainConfig, task: Task) -> TrainConfig:
     """With the steps of a budget, and, where it is left open, rho1 such that the joint stage reads the task's texts
     `joint.task_passes` times: more often a small task is learnt by heart, and the rest is better spent on new text. A
-    budget that is used up by these passes leaves none for new text, which in so few steps teaches less than labels do.
+    budget that does not pay for so many leaves none for new text, which in so few steps teaches less than labels do.
     """
     joint, asked = config.joint, config.joint.external_per_task
-    least = 0 if config.budget else 1
     rho1 = asked if asked is not None else 1
     for _ in range(1 if asked is not None else 4):  # the steps of a budget depend on the mixture, but little
         config = replace(config, joint=replace(joint, external_per_task=rho1))
         if config.budget:
             config = within_budget(config, task)
         passes = config.joint.steps * joint.accumulation / micro_batches_a_pass(config, config.joint, task)
-        rho1 = max(least, round(passes / joint.task_passes) - 1)
+        rho1 = max(1, round(passes / joint.task_passes) - 1)
+        if config.budget and passes <= joint.task_passes:
+            rho1 = 0
     return config
 
 

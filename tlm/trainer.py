@@ -341,8 +341,8 @@ class Loop:
 
             last = stage.step == settings.steps
             kept = stage.step in getattr(settings, "keep_at", ())
-            between = settings.eval_every and stage.step % settings.eval_every == 0
-            if (settings.eval_every and not self.scored_next) if last else between:
+            scored = settings.eval_every and (stage.step % settings.eval_every == 0 or last)
+            if scored and not (last and self.scored_next):
                 with meter.paused("evaluation"), stage.average.swapped(self.model):
                     self.score_dev(boards)
             if stage.step % LOG_EVERY == 0 or last or kept or exhausted(stage):

@@ -20,7 +20,7 @@ from statistics import fmean
 import numpy as np
 
 from tasks.errors import InputError
-from tasks.pool import open_pool
+from tasks.pool import Pool, open_pool
 from tlm.config import PretrainConfig, ZeropromptConfig, load
 from tlm.curves import LIGHT, Ink, dress, render
 from tlm.jobs import Planned, planned, queue
@@ -80,11 +80,12 @@ def share_of(value: str, arm: str) -> float:
 
 
 def bench(config: ZeropromptConfig) -> int:
-    arms = check(config)
+    pool = open_pool(config.pool)
+    arms = check(config, pool)
     progress, folder = Progress(), Path(config.out) / config.name
     runs: dict[tuple[str, int], Planned] = {}
     for stage in in_turn(arms):  # arms that others start from come first
-        runs |= {(arm.name, seed): planned_run(config, folder, arm, seed) for seed in range(config.seeds)
+        runs |= {(arm.name, seed): planned_run(config, pool, arm, seed) for seed in range(config.seeds)
                  for arm in stage}  # fmt: skip
         queue(list(runs.values()), config.jobs, progress)
     shown = [arm for arm in arms if arm.name not in {a.origin for a in arms}]
@@ -92,7 +93,7 @@ def bench(config: ZeropromptConfig) -> int:
           config.jobs, progress)  # fmt: skip
 
     results = {arm.name: [result(runs[arm.name, seed], config.rule) for seed in range(config.seeds)] for arm in shown}
-    category_of = {name: task.category for name, task in open_pool(config.pool).tasks.items()}
+    category_of = {name: task.category for name, task in pool.tasks.items()}
     found = {name: figures(results[name], results[shown[0].name], category_of) for name in results}
     summary = {
         "name": config.name, "budget": config.budget, "categories": config.categories, "limit": config.limit,
@@ -107,7 +108,7 @@ def bench(config: ZeropromptConfig) -> int:
     return 0
 
 
-def check(config: ZeropromptConfig) -> list[Arm]:
+def check(config: ZeropromptConfig, pool: Pool) -> list[Arm]:
     """Raises InputError, before anything is run."""
     arms = [parse_arm(text) for text in config.arms]
     names = [arm.name for arm in arms]
@@ -122,7 +123,7 @@ def check(config: ZeropromptConfig) -> list[Arm]:
             raise InputError(f"arms=[{arm.name}]: starts from @{arm.origin}, which is no other arm")
         if arm.origin and arms[names.index(arm.origin)].origin:
             raise InputError(f"arms=[{arm.name}]: starts from @{arm.origin}, which starts from another; one is allowed")
-    open_pool(config.pool).select([*config.categories, *filter(None, (arm.without for arm in arms))])  # raises
+    pool.select([*config.categories, *filter(None, (arm.without for arm in arms))])  # raises
     for setting in config.settings:
         if setting.partition("=")[0] in FIXED or "=" not in setting:
             raise InputError(f"settings=[{setting}]: must be key=value, of keys that are not the bench's to set")
@@ -133,19 +134,15 @@ def in_turn(arms: Sequence[Arm]) -> list[list[Arm]]:
     return [of for of in ([a for a in arms if not a.origin], [a for a in arms if a.origin]) if of]
 
 
-def planned_run(config: ZeropromptConfig, folder: Path, arm: Arm, seed: int) -> Planned:
-    name, flops = f"{arm.name}-{seed}", arm.share * config.budget
+def planned_run(config: ZeropromptConfig, pool: Pool, arm: Arm, seed: int) -> Planned:
+    name, flops, folder = f"{arm.name}-{seed}", arm.share * config.budget, Path(config.out) / config.name
     given = [f"pool.path={config.pool}", "boards=[]", "keep_checkpoints=1", *config.settings, *arm.settings]
     given += [f"corpus={config.corpus}"] if arm.corpus else []
     given += [f"init_from={folder / f'{arm.origin}-{seed}'}/model"] if arm.origin else []
-    given += [f"pool.heldout=[{','.join((*own_heldout(config), arm.without))}]"] if arm.without else []
+    given += [f"pool.heldout=[{','.join((*pool.sides['heldout'], arm.without))}]"] if arm.without else []
     given += [f"seed={seed}", f"out={folder}", f"run={name}", f"cache={config.cache}", "threads=1"]
     given.append(f"budget={flops}" if flops else "joint.steps=0")
     return planned(arm.name, seed, folder / name, given, flops, verb="pretrain")
-
-
-def own_heldout(config: ZeropromptConfig) -> tuple[str, ...]:
-    return open_pool(config.pool).sides["heldout"]
 
 
 def scoring(config: ZeropromptConfig, run: Planned, arm: Arm) -> Planned:

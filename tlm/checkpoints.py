@@ -6,6 +6,7 @@ checkpoint in force. Reading admits tensors and plain values only: a checkpoint 
 """
 
 import contextlib
+import copyreg
 import hashlib
 import io
 import os
@@ -135,6 +136,10 @@ def through(engine, **functions):
 
 def serialized(content) -> io.BytesIO:
     """torch.save into memory: a copy that the next step cannot change."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    # By itself Python before 3.11.4 writes a member as a call of getattr, which `read` rightly refuses to make.
+    copyreg.pickle(ZeroStageEnum, lambda member: (ZeroStageEnum, (member.value,)))
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer

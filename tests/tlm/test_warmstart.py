@@ -1,7 +1,9 @@
+import inspect
 import itertools
 import math
 import re
 
+import networkx
 import numpy as np
 import pytest
 from conftest import THEMES, themed_text
@@ -131,9 +133,19 @@ def test_related_words_are_nearer_than_unrelated_ones(real_text):
     assert np.mean(hits) > 0.7  # 0.31 by chance
 
 
+def docstrings(module):
+    paragraphs = [
+        p for name in sorted(dir(module)) for p in (inspect.getdoc(getattr(module, name)) or "").split("\n\n")
+    ]
+    return [text for text in dict.fromkeys(" ".join(p.split()) for p in paragraphs) if len(text.split()) >= 8]
+
+
 def test_related_words_of_real_english_are_nearer(real_text):
-    tokenizer = train_tokenizer(real_text, 2500)
-    start = embeddings(count([store(tokenizer, real_text)], tokenizer.get_vocab_size())[0], 65)  # 63 of content
+    """The manual alone is too little: from one Python to the next `tuple` stands nearer to `sequence` than 95 or 97 of
+    100 words do; with the docstrings of a package that torch brings, than 98."""
+    texts = [*real_text, *docstrings(networkx)]
+    tokenizer = train_tokenizer(texts, 2500)
+    start = embeddings(count([store(tokenizer, texts)], tokenizer.get_vocab_size())[0], 65)  # 63 of content
     pairs = [("int", "float"), ("list", "tuple"), ("bytes", "string"), ("import", "module"), ("tuple", "sequence")]
     ids = {word: tokenizer.token_to_id(word) for pair in pairs for word in pair}
     near = cosine(start, list(range(len(start))))

@@ -2,12 +2,13 @@
 
 - An arm is NAME or NAME:WHAT[:WHAT ...], where WHAT is a selector (of tlm) or key=value of `tlm train`, which that arm
   alone has: `tlm:random`, `tlm:joint.mlm_weight=0` (no rho2), `tlm:joint.external_per_task=0` (no external text),
-  `tlm:finetune.steps=0` (no stage two), `tlm:retrieval.k=50`. All else is alike, `settings` included.
-- tlm and scratch get `budget` FLOPs. pt-ft is masked LM of the same model on the whole corpus, once for all tasks and
-  seeds, then finetuning as long as tlm's. Checkpoints lie on one long pretraining at a constant rate (the trunk); each
-  is cooled down by a branch of its own over the last COOLING of its steps, as the trapezoid of the other arms is, so
-  that each is what a pretraining planned for its length would be (Haegele et al. 2024, arXiv 2405.18392).
-- pt-ft+tapt has masked LM on the task's training texts in between, as many FLOPs as finetuning; hf:FOLDER finetunes a
+  `tlm:finetune.share=0` (no stage two), `tlm:retrieval.k=50`. All else is alike, `settings` included.
+- tlm and scratch are what `tlm train budget=` makes of `budget`. pt-ft is masked LM of the same model on the whole
+  corpus, once for all tasks and seeds, then finetuning on as many batches of the task as both stages of tlm read.
+  Checkpoints lie on one long pretraining at a constant rate (the trunk); each is cooled down by a branch of its own
+  over the last COOLING of its steps, as the trapezoid of the other arms is, so that each is what a pretraining planned
+  for its length would be (Haegele et al. 2024, arXiv 2405.18392).
+- pt-ft+tapt has masked LM on the task's training texts in between, as many steps as finetuning; hf:FOLDER finetunes a
   checkpoint of transformers, for as many steps as pt-ft.
 - Tuning: `tries` settings by successive halving on dev, seed 0. The first is the recipe's own. Each rung may spend the
   FLOPs of one run in all, and half of its settings go on.
@@ -21,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -30,20 +31,21 @@ from tasks.errors import InputError
 from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
 from tlm.jobs import Planned, planned, queue
 from tlm.ledger import Ledger
-from tlm.plan import steps_between_scores, steps_within
-from tlm.prepare import leaks_by_task, open_corpus, open_task
+from tlm.plan import fitted, length_for, stage_costs, steps_between_scores, within_budget
+from tlm.prepare import NO_TASK, leaks_by_task, open_corpus, open_task
 from tlm.progress import Progress
 from tlm.run import read_json, write_text
 
 KINDS = ("tfidf", "scratch", "tlm", "pt-ft", "pt-ft+tapt", "hf")
 PRETRAINED = ("pt-ft", "pt-ft+tapt")
 FIXED = ("task", "corpus", "run", "out", "cache", "seed", "threads", "test", "init_from", "unseen", "joint.keep_at")
+BUDGETED = ("budget", "joint.steps", "finetune.steps")
 COOLING = 0.6  # share of the steps in which the trapezoid falls
 SPACING = 4  # of the checkpoints' FLOPs
 # What is tuned: keys and the values tried beside the recipe's own. The paper chose rho1 and rho2 by dev as well.
 GRIDS = {
     "scratch": {"joint.mlm_weight": (1.0, 20.0), "model.dropout": (0.0, 0.1)},
-    "tlm": {"joint.mlm_weight": (1.0, 20.0), "joint.external_per_task": (3, 1)},
+    "tlm": {"joint.mlm_weight": (1.0, 20.0), "model.dropout": (0.0, 0.1)},
     "pt-ft": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
     "pt-ft+tapt": {"finetune.lr": (1e-3, 3e-4), "finetune.matrix_lr": (3e-3, 1e-3)},
     "hf": {"finetune.lr": (5e-5, 2e-5, 1e-4, 3e-4)},
@@ -88,7 +90,7 @@ def parse_arm(name: str) -> Arm:
 
 
 def not_free(key: str) -> bool:
-    return key in (*FIXED, "joint.steps") or key.split(".")[0] == "data"
+    return key in (*FIXED, *BUDGETED) or key.split(".")[0] == "data"
 
 
 def stem(spec: str) -> str:
@@ -110,7 +112,7 @@ class Study:
         self.folder = Path(self.config.out)
         # The plan is asked for after each run, and a run's configuration is dear to check.
         self.open = cache(lambda name: open_task(self.tasks[name], self.train(name, ()).data))
-        self.planned, self.steps, self.rungs = cache(planned), cache(self.steps), cache(self.rungs)
+        self.planned, self.finetuning, self.rungs = cache(planned), cache(self.finetuning), cache(self.rungs)
         self.candidates, self.pretraining = cache(self.candidates), cache(self.pretraining)
 
     # --- settings -----------------------------------------------------------------------------------------------
@@ -129,11 +131,12 @@ class Study:
         given = [f"task={self.tasks[task] if task else 'none'}", *self.common(task), *settings]
         return validate(load(TrainConfig, [*given, f"corpus={self.config.corpus}"] if corpus else given))
 
-    def steps(self, task: str, kind: str, settings: tuple[str, ...], budget: float) -> dict[str, int]:
-        """Of both stages. An arm without stage two has all in the first."""
-        config = self.train(task, settings, corpus=kind != "scratch")
-        share = 0.0 if "finetune.steps=0" in settings else self.config.finetune_share
-        return steps_within(budget, share, config, self.open(task))
+    def finetuning(self, task: str) -> tuple[int, float]:
+        """(Steps, about the FLOPs) of a pretrained model's finetuning: as many batches of the task as tlm reads."""
+        tlm = fitted(self.train(task, (f"budget={self.config.budget}",)), self.open(task))
+        steps = max(1, round(tlm.joint.steps / (tlm.joint.external_per_task + 1)) + tlm.finetune.steps)
+        config = replace(tlm, finetune=replace(tlm.finetune, steps=steps))
+        return steps, stage_costs(config, self.open(task))["finetune"].flops
 
     def run(self, name: str, task: str | None, seed: int, settings: Sequence[str], flops: float) -> Planned:
         """The run OUT/NAME; `settings` in the words of `tlm train`."""
@@ -152,14 +155,15 @@ class Study:
 
     def pretraining(self) -> tuple[Planned, list[Planned]]:
         """The trunk, and for each checkpoint the branch that cools it down."""
-        anyone = next(iter(self.tasks))
-        alone = ("joint.eval_every=0",)
-        config = self.train(None, alone)
-        steps = [steps_within(flops, 0.0, config, self.open(anyone))["joint"] for flops in self.checkpoints]
+        config = self.train(None, ())
+        unseen = sorted({*self.tasks.values(), *self.config.unseen})
+        length = config.model.max_length or max(length_for(open_task(name, config.data)) for name in unseen)
+        config = replace(config, model=replace(config.model, max_length=length))
+        steps = [within_budget(replace(config, budget=flops), NO_TASK).joint.steps for flops in self.checkpoints]
         places = [max(1, round((1 - COOLING) * number)) for number in steps]
         base = Path(self.config.pretrained or self.folder / "pretraining")
-        unseen = sorted({*self.tasks.values(), *self.config.unseen})
-        both = [*alone, f"corpus={self.config.corpus}", f"unseen={json.dumps(unseen)}"]
+        both = ["joint.eval_every=0", f"corpus={self.config.corpus}", f"unseen={json.dumps(unseen)}"]
+        both.append(f"model.max_length={length}")
         given = [f"joint.steps={places[-1]}", "joint.schedule=constant", f"joint.keep_at={json.dumps(places)}"]
         trunk = self.run_at(base / "trunk", [*both, *given], (1 - COOLING) * self.checkpoints[-1])
         branches = []
@@ -184,7 +188,7 @@ class Study:
         grid = GRIDS.get(arm.kind, {})
         own = {key: value for key, _, value, _ in rows_of(self.train(task, arm.settings, corpus=arm.kind != "scratch"))}
         free = {key: values for key, values in grid.items() if not any(s.startswith(f"{key}=") for s in arm.settings)}
-        if "finetune.steps=0" in arm.settings:
+        if "finetune.share=0" in arm.settings:
             free = {key: values for key, values in free.items() if not key.startswith("finetune.")}
         others = [
             tuple(f"{key}={value}" for key, value in zip(free, values, strict=True))
@@ -194,16 +198,15 @@ class Study:
         first = () if arm.kind != "hf" else others.pop(0)  # the recipe's rates are for models from scratch
         return [first, *others][: self.config.tries]
 
-    def full(self, arm: Arm) -> float:
+    def full(self, arm: Arm, task: str) -> float:
         """FLOPs of a whole run of the arm, without what is shared."""
-        share = self.config.finetune_share
-        return self.config.budget * {"pt-ft": share, "hf": share, "pt-ft+tapt": share}.get(arm.kind, 1.0)
+        return self.config.budget if arm.kind in ("tlm", "scratch") else self.finetuning(task)[1]
 
     def rungs(self, arm: Arm, task: str) -> list[tuple[int, float]]:
         """(How many settings are left, share of a whole run that each gets) of each rung of the tuning."""
         left, found = len(self.candidates(arm, task)), []
         while left > 1:
-            found.append((left, min(1.0, self.config.budget / left / self.full(arm))))
+            found.append((left, min(1.0, self.config.budget / left / self.full(arm, task))))
             if found[-1][1] == 1.0:
                 break
             left = math.ceil(left / 2)
@@ -212,20 +215,16 @@ class Study:
     def make(self, arm: Arm, task: str, name: str, seed: int, chosen: tuple[str, ...], share: float = 1.0,
              start: Planned | None = None, test: bool = False) -> Planned:  # fmt: skip
         """A run of the arm on `share` of its FLOPs. `start`: the pretraining it begins with."""
-        settings, stages = (*arm.settings, *chosen), ("joint", "finetune")
+        flops = share * self.full(arm, task)
         if start or arm.kind == "hf":
-            # as many steps as the finetuning of tlm takes, which is budgeted for the recipe, not for the settings tried
-            steps = {"joint": 0, "finetune": round(share * self.steps(task, "tlm", (), self.config.budget)["finetune"])}
+            steps = max(1, round(share * self.finetuning(task)[0]))
             given = [f"init_from={start.folder}/model"] if start else []
+            given += ["joint.steps=0", f"finetune.steps={steps}"]
+            given.append(f"finetune.eval_every={steps_between_scores(steps, last=True)}")
         else:
-            steps = self.steps(task, arm.kind, settings, share * self.config.budget)
-            given = [f"corpus={self.config.corpus}"] if arm.kind == "tlm" else []
-        if "finetune.steps=0" not in settings:
-            steps["finetune"] = max(1, steps["finetune"])
-        every = [f"{s}.eval_every={steps_between_scores(steps[s], last=s == 'finetune')}" for s in stages]
-        given += [*every, *settings, *(f"{stage}.steps={steps[stage]}" for stage in stages)]
-        given.append(f"test={str(test).lower()}")
-        return self.run(f"{task}/{name}", task, seed, given, share * self.full(arm))
+            given = [f"budget={flops}", *([f"corpus={self.config.corpus}"] if arm.kind == "tlm" else [])]
+        given += [*arm.settings, *chosen, f"test={str(test).lower()}"]
+        return self.run(f"{task}/{name}", task, seed, given, flops)
 
     def tapt(self, task: str, seed: int, start: Planned) -> Planned:
         """Masked LM on the task's training texts, from the pretraining on."""
@@ -233,9 +232,9 @@ class Study:
         if not path.exists():
             lines = (json.dumps({"id": e.id, "text": e.text, "source": task}) for e in self.open(task).splits["train"])
             write_text(path, "\n".join(lines) + "\n")
-        steps = self.steps(task, "tlm", (), self.config.budget)["finetune"]
+        (steps, flops), config = self.finetuning(task), self.train(task, ())
         given = [f"corpus={path}", f"init_from={start.folder}/model", f"joint.steps={steps}", "joint.schedule=linear"]
-        flops = self.config.finetune_share * self.config.budget
+        given.append(f"model.max_length={config.model.max_length or length_for(self.open(task))}")
         return self.run(f"{task}/tapt-{seed}", None, seed, given, flops)
 
     def starts(self, arm: Arm, task: str, seed: int) -> tuple[list[Planned], list[Planned], Planned | None]:
@@ -328,9 +327,10 @@ class Study:
         for arm, task in product(self.arms, self.tasks):
             shares = [1.0, *(share for _, share in self.rungs(arm, task))] if arm.kind != "tfidf" else []
             for share in shares:
+                given = (*arm.settings, f"budget={share * self.config.budget}")
+                config = self.train(task, given, corpus=arm.kind != "scratch")
                 try:
-                    steps = self.steps(task, arm.kind, arm.settings, share * self.config.budget)
-                    enough = steps["finetune"] or "finetune.steps=0" in arm.settings
+                    enough = fitted(config, self.open(task)).finetune.steps or not config.finetune.share
                 except InputError:
                     enough = False
                 if not enough:
@@ -356,7 +356,7 @@ class Study:
                 continue
             tuning = sum(count * share for count, share in self.rungs(arm, task))
             points = self.config.checkpoints if arm.kind == "pt-ft" else 2 if arm.kind == "pt-ft+tapt" else 1
-            total += self.full(arm) * (tuning + self.config.seeds * points)
+            total += self.full(arm, task) * (tuning + self.config.seeds * points)
         return total
 
 
@@ -389,7 +389,7 @@ def open_study(config: CompareConfig) -> Study:
         task, colon, key = name.rpartition(":")
         if not equals or (colon and task not in tasks):
             raise InputError(f"settings=[{setting}]: must be key=value, or TASK:key=value of a task that is compared")
-        if key in (*FIXED, "joint.steps", "finetune.steps"):
+        if key in (*FIXED, *BUDGETED):
             raise InputError(f"settings=[{setting}]: {key} is the comparison's to set; leave it out")
     study = Study(config, arms, tasks, Progress())
     for task in tasks:

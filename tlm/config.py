@@ -91,7 +91,7 @@ class ModelConfig:
         "19 of 20 training texts need)",
     )
     pooling: str = key("mean", "mean or cls")
-    dropout: float = key(0.0, "dropout in the joint stage")
+    dropout: float = key(0.0, "dropout; in the finetune stage finetune.dropout, if it is given")
 
 
 @dataclass
@@ -164,7 +164,9 @@ class MultitaskConfig(StageConfig):
 class FinetuneConfig(StageConfig):
     share: float = key(0.5, "share of budget= that this stage gets")
     task_passes: float = key(4.0, "with a corpus, times that budget= lets it read the task's texts at most (0: any)")
-    dropout: float = key(0.0, "dropout in the finetune stage; its draws differ between one process and several")
+    dropout: float | None = key(
+        None, "dropout in the finetune stage (absent: model.dropout); its draws differ between one process and several"
+    )
     mask_rate: float = key(0.15, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
@@ -243,6 +245,10 @@ class TrainConfig(TrainerConfig, SourceConfig):
     data: DataConfig = group(DataConfig)
     joint: JointConfig = group(JointConfig)
     finetune: FinetuneConfig = group(FinetuneConfig, steps=2000, lr=1e-3, matrix_lr=3e-3)
+
+    @property
+    def finetune_dropout(self) -> float:
+        return self.model.dropout if self.finetune.dropout is None else self.finetune.dropout
 
 
 @dataclass
@@ -577,7 +583,6 @@ class CompareConfig:
     )
     seeds: int = key(3, "runs of an arm on a task, seeds 0, 1, ...")
     budget: float = key(6e12, "FLOPs of a run of tlm or scratch: both stages and the start")
-    finetune_share: float = key(0.5, "share of the budget that finetuning gets; pt-ft's is as long")
     pretraining: float = key(50.0, "FLOPs of pt-ft's pretraining, as a multiple of the budget")
     checkpoints: int = key(4, "of the pretraining, each with a quarter of the next one's FLOPs; the curve of pt-ft")
     tries: int = key(4, "settings an arm is tuned over on dev, by successive halving; 1: none")
@@ -822,7 +827,7 @@ def validate(config: Any) -> Any:
     rates = ("joint.mask_rate", "joint.task_mask_rate", "finetune.mask_rate", "finetune.share")
     rates = (*rates, "model.dropout", "finetune.dropout")
     for name in (*rates, *shares):
-        if name in flat and not 0 <= flat[name] < 1:
+        if flat.get(name) is not None and not 0 <= flat[name] < 1:
             raise InputError(f"{name}={flat[name]}: must be a share from 0 up to, not including, 1")
     similarity = flat.get("retrieval.max_similarity")
     if similarity is not None and not 0 < similarity <= 1:

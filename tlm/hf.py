@@ -37,7 +37,7 @@ def finetune(config: TrainConfig, progress: Progress) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     tokenizer, model = open_checkpoint(
-        config.init_from.removeprefix("hf:"), stage.dropout, "AutoModelForSequenceClassification",
+        config.init_from.removeprefix("hf:"), config.finetune_dropout, "AutoModelForSequenceClassification",
         num_labels=len(task.labels), ignore_mismatched_sizes=True,
     )  # fmt: skip
     length = fitted(config, task).model.max_length

@@ -110,17 +110,19 @@ class StageCost:
 def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
     """Of both stages; FLOPs and tokens grow with the steps."""
     model, shape, costs = config.model, shape_of(config, task), {}
-    task_length = int(mean_length(task.texts("train"), model.max_length))
+    alone = task is NO_TASK  # masked LM of the corpus in one stage
+    task_length = 0 if alone else int(mean_length(task.texts("train"), model.max_length))
     by_muon = config.optimizer == "muon" and not shape.rank  # adapters are left to AdamW
     optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if by_muon else 0
-    for name, stage in (("joint", config.joint), ("finetune", config.finetune)):
+    for name, stage in (("joint", config.joint), ("finetune", config.finetune))[: 1 if alone else 2]:
         joint = name == "joint"
-        rho1 = config.joint.external_per_task if config.corpus and joint else 0
-        lengths = {TASK: task_length} | ({EXTERNAL: model.max_length} if rho1 else {})
+        rho1 = config.joint.external_per_task if config.corpus and joint and not alone else 0
+        lengths = {} if alone else {TASK: task_length}
+        lengths |= {EXTERNAL: model.max_length} if alone or rho1 else {}
         flops = tokens = activations = 0
         for source, length in lengths.items():
             texts = texts_a_batch(stage, source, length)
-            often = (1 if source == TASK else rho1) / (rho1 + 1)
+            often = 1 if alone else (1 if source == TASK else rho1) / (rho1 + 1)
             rate = config.joint.task_mask_rate if source == TASK else config.joint.mask_rate
             masked = round(texts * length * rate) if joint else 0
             flops += often * training_flops(shape, [length] * texts, masked, texts * (source == TASK))
@@ -147,8 +149,7 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     """
     model, retrieval = config.model, config.retrieval
     if model.max_length is None:
-        longest = np.quantile([tokens_of(text) for text in task.texts("train")] or [0], COVERED)
-        model = replace(model, max_length=int(np.clip(-(-longest // 64) * 64, *LENGTHS)))
+        model = replace(model, max_length=length_for(task))
     config = replace(config, model=model)
     if task is NO_TASK or model.size == "tfidf":
         return config
@@ -162,6 +163,12 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
         tokens = stage_costs(config, task)["joint"].tokens * rho1 / (rho1 + 1)
         retrieval = replace(retrieval, max_words=max(LEAST_WORDS, round(tokens / TOKENS_PER_WORD)))
     return replace(config, retrieval=retrieval)
+
+
+def length_for(task: Task) -> int:
+    """Tokens that hold most of its training texts whole."""
+    longest = np.quantile([tokens_of(text) for text in task.texts("train")] or [0], COVERED)
+    return int(np.clip(-(-longest // 64) * 64, *LENGTHS))
 
 
 def with_mixture(config: TrainConfig, task: Task) -> TrainConfig:
@@ -200,14 +207,8 @@ def within_budget(config: TrainConfig, task: Task) -> TrainConfig:
     many = 1000  # the count is linear in the steps, but for rounding
     trial = replace(config, joint=replace(config.joint, steps=many), finetune=replace(config.finetune, steps=many))
     per_step = {stage: cost.flops / many for stage, cost in stage_costs(trial, task).items()}
-    return with_steps(config, start_flops(config), per_step, micro_batches_a_pass(config, config.finetune, task))
-
-
-def steps_within(budget: float, finetune_share: float, config: TrainConfig, task: Task) -> dict[str, int]:
-    """About the steps of each stage that `budget` pays for, by the stage's name."""
-    asked = replace(config, budget=budget, finetune=replace(config.finetune, share=finetune_share))
-    found = fitted(asked, task)
-    return {"joint": found.joint.steps, "finetune": found.finetune.steps}
+    a_pass = micro_batches_a_pass(config, config.finetune, task) if "finetune" in per_step else 0.0
+    return with_steps(config, start_flops(config), per_step, a_pass)
 
 
 def with_steps(config: TrainConfig, spent: float, per_step: dict[str, float], a_pass: float = 0.0) -> TrainConfig:

@@ -287,7 +287,7 @@ def fresh_start(model: Transformer, config: TrainConfig) -> None:
     """What changes between the stages: the head (the paper starts it anew) and dropout."""
     if config.finetune.head == "fresh":
         model.reset_head(model.shape.num_labels, torch.Generator().manual_seed(config.seed + 1))
-    set_dropout(model, config.finetune.dropout)
+    set_dropout(model, config.finetune_dropout)
 
 
 def set_dropout(model: Transformer, rate: float) -> None:

@@ -47,7 +47,7 @@ def ask(tiny_task, tiny_corpus, tmp_path):
     def arguments(**keys):
         given = {
             "task": tiny_task, "corpus": tiny_corpus, "arms": f"[{','.join(ARMS)}]", "seeds": 2, "budget": 2e9,
-            "finetune_share": 0.2, "pretraining": 4, "checkpoints": 2, "tries": 4, "leaks": "drop",
+            "pretraining": 4, "checkpoints": 2, "tries": 4, "leaks": "drop",
             "settings": f"[{','.join(SMALL)}]", "out": tmp_path / "out", "cache": tmp_path / "cache",
             "price_per_hour": 10,
         } | keys  # fmt: skip
@@ -137,7 +137,7 @@ def test_the_plan_makes_each_run_once_and_reads_test_last(ask, made, tmp_path, t
     assert len(found) == len(set(found))
     arms = ("tlm", "scratch", "pt-ft", "pt-ft+tapt")
     tuned = {arm: [n for n in found if re.match(rf"tuning/{re.escape(arm)}-\d", n)] for arm in arms}
-    assert {arm: len(runs) for arm, runs in tuned.items()} == {"tlm": 6, "scratch": 6, "pt-ft": 4, "pt-ft+tapt": 4}
+    assert {arm: len(runs) for arm, runs in tuned.items()} == dict.fromkeys(arms, 6)
     of_test = [run for run in made if "test=true" in run.settings]
     finals = [f"{task}/{n}" for n in ("tfidf-0", "scratch-0", "scratch-1", "tlm-0", "tlm-1", "pt-ft-0", "pt-ft-1")]
     finals += [f"{task}/{n}-{s}" for n in ("tlm_joint.external_per_task=0", "pt-ft+tapt") for s in (0, 1)]
@@ -160,12 +160,11 @@ def the_budget_is_alike_and_the_best_settings_are_chosen(of_task, made):
     assert "finetune.lr=0.0003" in of_task["pt-ft"]["chosen"]
     tuned = [run for run in made if run.folder.parent.name == "tuning"]
     of_arm = {arm: [r for r in tuned if re.match(rf"{re.escape(arm)}-\d", r.folder.name)] for arm in of_task}
-    for arm in ("tlm", "scratch"):  # four at a quarter, two at a half
+    for arm in ("tlm", "scratch", "pt-ft"):  # four at a quarter, two at a half
         assert sum(run.flops for run in of_arm[arm]) == pytest.approx(2 * 2e9)
-    assert sum(run.flops for run in of_arm["pt-ft"]) == pytest.approx(4 * 0.2 * 2e9)  # four whole ones cost less
     assert of_task["tlm"]["cost"]["tuning"]["flops"] == pytest.approx(4e9, rel=1e-6)
-    fixed = [run for run in tuned if run.folder.name.startswith("tlm_joint")]  # two are left to be tried
-    assert len(fixed) == 2
+    fixed = [run for run in tuned if run.folder.name.startswith("tlm_joint")]
+    assert len(fixed) == 6
     assert all(run.settings.count("joint.external_per_task=0") == 1 for run in fixed)
 
 
@@ -207,17 +206,37 @@ def test_where_pretraining_fails_the_other_arms_go_on(ask, made, tmp_path, monke
     assert {arm: len(found["runs"]) for arm, found in of_task.items()} == {"tlm": 2, "pt-ft": 0, "pt-ft+tapt": 0}
 
 
-def test_costs_hold_the_pretraining_once_and_tapt_each_time(ask, made, tmp_path):
+def test_what_an_arm_fixes_is_not_tuned(ask, tiny_task):
+    study = open_study(validate(load(CompareConfig, ask())))
+    found = study.candidates(parse_arm("tlm:model.dropout=0.1"), tiny_task.name)
+    assert found == [(), ("joint.mlm_weight=20.0",)]
+
+
+def test_finetuning_reads_the_task_as_often_as_tlm_does(ask, tiny_task, jobs_here, tmp_path):
+    keys = dict(arms="[tlm,pt-ft]", seeds=1, tries=1, checkpoints=1, pretraining=1, budget=1e9)
+    assert main(["compare", *ask(**keys)]) == 0
+    out = tmp_path / "out" / tiny_task.name
+    tlm, pretrained = (read(out / f"{arm}-0" / "summary.json") for arm in ("tlm", "pt-ft"))
+    assert tlm["cost"]["flops"] == pytest.approx(1e9, rel=0.1)
+    of_task = tlm["cost"]["tokens"] - tlm["data"]["external_tokens_seen"]
+    assert pretrained["cost"]["tokens"] == pytest.approx(of_task, rel=0.3)  # lengths are estimated from words
+
+
+def test_costs_hold_the_pretraining_once_and_tapt_each_time(ask, made, tmp_path, tiny_task):
     assert main(["compare", *ask(arms="[tlm,pt-ft,pt-ft+tapt]", tries=1)]) == 0
     (of_task,) = read(tmp_path / "out" / "summary.json")["tasks"].values()
     plain, between = (of_task[arm]["cost"] for arm in ("pt-ft", "pt-ft+tapt"))
+    steps, finetuning = open_study(validate(load(CompareConfig, ask()))).finetuning(tiny_task.name)
+    assert made[-1].settings.count(f"finetune.steps={steps}") == 1
     assert plain["shared"] == between["shared"]
     assert plain["shared"]["flops"] == pytest.approx(8e9, rel=0.01)
-    assert plain["own"]["flops"] == pytest.approx(0.2 * 2e9)
-    assert between["own"]["flops"] == pytest.approx(2 * 0.2 * 2e9)
+    assert plain["own"]["flops"] == pytest.approx(finetuning)
+    assert between["own"]["flops"] == pytest.approx(2 * finetuning)
     assert of_task["tlm"]["cost"]["shared"]["flops"] == 0
     assert plain["own"]["money"] == pytest.approx(10 * 2 / 3600, rel=0.01)
-    assert [p["flops"] / 1e9 for p in of_task["pt-ft"]["curve"]] == pytest.approx([2.4, 8.4], rel=0.01)
+    assert [p["flops"] / 1e9 for p in of_task["pt-ft"]["curve"]] == pytest.approx(
+        [2 + finetuning / 1e9, 8 + finetuning / 1e9], rel=0.01
+    )
 
 
 def test_other_data_is_refused(ask, made, tiny_task, tmp_path, capsys):

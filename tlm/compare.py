@@ -83,14 +83,12 @@ def parse_arm(name: str) -> Arm:
             raise InputError(
                 f"arms=[{name}]: {change} is neither key=value nor a selector of tlm ({', '.join(selectors)})"
             )
-        if not_free(key):
+        if key in BUDGETED:
+            raise InputError(f"arms=[{name}]: {key} follows from budget=; finetune.share=S gives stage two a share of it")
+        if key in FIXED or key.split(".")[0] == "data":
             raise InputError(f"arms=[{name}]: {key} is alike for all arms; leave it out")
         settings.append(change if equals else f"retrieval.selector={change}")
     return Arm(name, kind, tuple(settings))
-
-
-def not_free(key: str) -> bool:
-    return key in (*FIXED, *BUDGETED) or key.split(".")[0] == "data"
 
 
 def stem(spec: str) -> str:

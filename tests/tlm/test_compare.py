@@ -390,6 +390,7 @@ def test_the_best_score_so_far_has_the_flops_of_its_step():
         ("tfidf:seed=1", "nothing to change"),
         ("tlm:task=x", "alike for all arms"),
         ("tlm:data.train_limit=5", "alike for all arms"),
+        ("tlm:finetune.steps=0", "follows from budget"),
         ("hf:nowhere", "no checkpoint"),
         ("tlm:joint.mlm_wait=1", "did you mean joint.mlm_weight"),
     ],

@@ -84,7 +84,9 @@ def parse_arm(name: str) -> Arm:
                 f"arms=[{name}]: {change} is neither key=value nor a selector of tlm ({', '.join(selectors)})"
             )
         if key in BUDGETED:
-            raise InputError(f"arms=[{name}]: {key} follows from budget=; finetune.share=S gives stage two a share of it")
+            raise InputError(
+                f"arms=[{name}]: {key} follows from budget; finetune.share=S gives stage two a share of it"
+            )
         if key in FIXED or key.split(".")[0] == "data":
             raise InputError(f"arms=[{name}]: {key} is alike for all arms; leave it out")
         settings.append(change if equals else f"retrieval.selector={change}")

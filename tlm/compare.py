@@ -157,7 +157,7 @@ class Study:
         """The trunk, and for each checkpoint the branch that cools it down."""
         config = self.train(None, ())
         unseen = sorted({*self.tasks.values(), *self.config.unseen})
-        length = config.model.max_length or max(length_for(open_task(name, config.data)) for name in unseen)
+        length = max(length_for(config.model, open_task(name, config.data)) for name in unseen)
         config = replace(config, model=replace(config.model, max_length=length))
         steps = [within_budget(replace(config, budget=flops), NO_TASK).joint.steps for flops in self.checkpoints]
         places = [max(1, round((1 - COOLING) * number)) for number in steps]
@@ -234,7 +234,7 @@ class Study:
             write_text(path, "\n".join(lines) + "\n")
         (steps, flops), config = self.finetuning(task), self.train(task, ())
         given = [f"corpus={path}", f"init_from={start.folder}/model", f"joint.steps={steps}", "joint.schedule=linear"]
-        given.append(f"model.max_length={config.model.max_length or length_for(self.open(task))}")
+        given.append(f"model.max_length={length_for(config.model, self.open(task))}")
         return self.run(f"{task}/tapt-{seed}", None, seed, given, flops)
 
     def starts(self, arm: Arm, task: str, seed: int) -> tuple[list[Planned], list[Planned], Planned | None]:

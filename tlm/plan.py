@@ -18,7 +18,7 @@ from tasks.errors import InputError
 from tasks.files import expand
 from tasks.types import Task
 from tlm import warmstart
-from tlm.config import StageConfig, TrainConfig, rows_of
+from tlm.config import ModelConfig, StageConfig, TrainConfig, rows_of
 from tlm.doctor import peak_flops
 from tlm.engine import device_of
 from tlm.ledger import paper_flops
@@ -114,15 +114,15 @@ def stage_costs(config: TrainConfig, task: Task) -> dict[str, StageCost]:
     task_length = 0 if alone else int(mean_length(task.texts("train"), model.max_length))
     by_muon = config.optimizer == "muon" and not shape.rank  # adapters are left to AdamW
     optimizer = muon_flops(model.hidden, model.intermediate, model.layers) if by_muon else 0
-    for name, stage in (("joint", config.joint), ("finetune", config.finetune))[: 1 if alone else 2]:
+    stages = {"joint": config.joint} | ({} if alone else {"finetune": config.finetune})
+    for name, stage in stages.items():
         joint = name == "joint"
-        rho1 = config.joint.external_per_task if config.corpus and joint and not alone else 0
-        lengths = {} if alone else {TASK: task_length}
-        lengths |= {EXTERNAL: model.max_length} if alone or rho1 else {}
+        rho1 = config.joint.external_per_task if config.corpus and joint else 0
+        shares = {EXTERNAL: 1.0} if alone else {TASK: 1 / (rho1 + 1)} | ({EXTERNAL: rho1 / (rho1 + 1)} if rho1 else {})
         flops = tokens = activations = 0
-        for source, length in lengths.items():
+        for source, often in shares.items():
+            length = task_length if source == TASK else model.max_length
             texts = texts_a_batch(stage, source, length)
-            often = 1 if alone else (1 if source == TASK else rho1) / (rho1 + 1)
             rate = config.joint.task_mask_rate if source == TASK else config.joint.mask_rate
             masked = round(texts * length * rate) if joint else 0
             flops += often * training_flops(shape, [length] * texts, masked, texts * (source == TASK))
@@ -148,9 +148,7 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     More text than is read would only be text further from the task. Steps of a budget are an estimate here.
     """
     model, retrieval = config.model, config.retrieval
-    if model.max_length is None:
-        model = replace(model, max_length=length_for(task))
-    config = replace(config, model=model)
+    config = replace(config, model=replace(model, max_length=length_for(model, task)))
     if task is NO_TASK or model.size == "tfidf":
         return config
     for name in ("joint", "finetune"):
@@ -165,8 +163,10 @@ def fitted(config: TrainConfig, task: Task) -> TrainConfig:
     return replace(config, retrieval=retrieval)
 
 
-def length_for(task: Task) -> int:
-    """Tokens that hold most of its training texts whole."""
+def length_for(model: ModelConfig, task: Task) -> int:
+    """`model.max_length`, or the tokens that hold most of the task's training texts whole."""
+    if model.max_length is not None:
+        return model.max_length
     longest = np.quantile([tokens_of(text) for text in task.texts("train")] or [0], COVERED)
     return int(np.clip(-(-longest // 64) * 64, *LENGTHS))
 

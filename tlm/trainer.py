@@ -322,7 +322,7 @@ class Loop:
         while stage.step < settings.steps and not exhausted(stage):
             rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
             engines.set_rates(self.engine, settings, rate)
-            torch.manual_seed((stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank) % 2**63)  # dropout
+            self.world.seed((stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank) % 2**63)  # of dropout
             draw, micros = batches(stage.step + stage.skipped)
             loss, norm, amounts = self.gradients(micros)
             due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds

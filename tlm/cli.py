@@ -189,6 +189,7 @@ REQUIRED = {
     "bench quant": ("runs",),
     "bench lowbit": ("task", "corpus"),
     "bench zeroprompt": ("name", "pool"),
+    "bench zeroshot": ("run", "pool"),
     "bench recipe": ("name", "data", "corpus"),
 }
 SAID = {

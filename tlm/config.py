@@ -504,6 +504,21 @@ class QuantConfig:
 
 
 @dataclass
+class ZeroshotConfig:
+    run: str = key("", "folder of a finished run of `tlm pretrain attention=causal`")
+    pool: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")
+    categories: list[str] = field(
+        default_factory=lambda: ["heldout"], metadata={"help": "that are scored: by name, or heldout for all held out"}
+    )
+    limit: int = key(5, "score at most so many instances of a task")
+    batch: list[int] = field(default_factory=lambda: [1, 16], metadata={"help": "requests at once, of lm-eval"})
+    seconds: int = key(60, "seconds of rounds, begun ones finished; at least 3 rounds")
+    out: str | None = key(None, "JSON file for all figures")
+    cache: str = key("~/.cache/tlm", "folder of what can be made again")
+    threads: int = key(0, "CPU threads (0: all cores)")
+
+
+@dataclass
 class ZeropromptConfig:
     name: str = key("", "name of the study: its runs lie in OUT/NAME, beside NAME.json and NAME.png")
     pool: str = key("", "the pool: a folder with tasks.jsonl, splits.json and shards")

@@ -9,5 +9,6 @@ BENCHES = {  # name: what it does, and the class in config.py that lists its key
     "quant": ("trained runs in fewer bits: scores on dev, size, latency, throughput", "QuantConfig"),
     "lowbit": ("training by each recipe of few bits beside fp32, over tasks and seeds", "LowbitConfig"),
     "zeroprompt": ("arms of `tlm pretrain` at equal FLOPs, scored on categories never seen", "ZeropromptConfig"),
+    "zeroshot": ("choices a second of `tlm eval` beside lm-eval on the exported run", "ZeroshotConfig"),
     "recipe": ("a recipe over the yardstick's tasks at equal FLOPs", "RecipeConfig"),
 }

@@ -168,6 +168,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "share": lambda v: f"{v:.0%}",
     "percent": lambda v: f"{v:.1%}",
     "MB": lambda v: f"{v:.2f} MB",
+    "choices/s": lambda v: f"{v:,.0f}/s",
     "texts/s": lambda v: f"{v:,.0f}/s",
     "us": lambda v: f"{v:,.0f} µs",
     "number": lambda v: f"{v:.2f}",

@@ -7,6 +7,7 @@ processor time. The scores are compared as well, and so are accuracies, task by 
 """
 
 import importlib.util
+import logging
 import os
 import tempfile
 import time
@@ -93,6 +94,7 @@ def ours(run: str, prompted: Sequence[Prompted], tasks: Sequence[str]) -> Iterat
 
 def theirs(folder: str, prompted: Sequence[Prompted], batch: int) -> Iterator[dict]:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    logging.disable(logging.WARNING)
     import transformers
     from lm_eval.api.instance import Instance as Request
     from lm_eval.models.huggingface import HFLM

@@ -409,6 +409,7 @@ class Loop:
             state = self.checkpoints.load(self.engine, latest(self.run.checkpoints))
             stage.skipped += stage.step - state["step"] + 1
             stage.step = state["step"]
+            spikes.losses = Spikes(**state["spikes"]).losses  # those of later steps are no measure of these
             stage.average.load(state["average"])
             delayed.load(self.model, state.get("largest"))
         return action

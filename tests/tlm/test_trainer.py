@@ -339,6 +339,21 @@ def test_a_weight_that_is_no_number_is_rewound(arguments, finished, tmp_path, mo
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "broken").values())
 
 
+def test_after_a_rewind_losses_of_later_steps_are_no_measure(arguments, tmp_path, monkeypatch):
+    """Each step leaves one loss: after going back to the first step none is remembered."""
+    remembered = []
+
+    def breaks(loop, draw):
+        if loop.stage.name == "joint":
+            remembered.append((loop.stage.step, sum(map(len, loop.stage.spikes.losses.values()))))
+        return len(remembered) == 26
+
+    poisoned(monkeypatch, breaks, as_nan)
+    assert main([*arguments, "run=forgetful", "checkpoint_seconds=1000"]) == 0
+    assert remembered[25:27] == [(25, 25), (0, 0)]
+    assert all(step == number for step, number in remembered)
+
+
 def test_an_exploding_rate_stops_the_run_after_three_rewinds(arguments, tmp_path, monkeypatch, capsys):
     set_rates = trainer.engines.set_rates
 

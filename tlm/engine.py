@@ -52,10 +52,6 @@ class World:
         comm.all_reduce(largest, op=comm.ReduceOp.MAX)
         return largest.to(values.device)
 
-    def seed(self, number: int) -> None:
-        """Seed what is drawn on this process's device. torch.manual_seed asks all kinds of devices, and takes 3 ms."""
-        (torch.cuda if self.device.type == "cuda" else torch.default_generator).manual_seed(number)
-
     def barrier(self) -> None:
         if self.size > 1:
             from deepspeed import comm
@@ -210,8 +206,6 @@ def initialize(losses: nn.Module, stage: StageConfig, optimizer: str, autocast: 
     engine.config = config  # stands in checkpoints, which hold plain values alone
     if engine.zero_optimization():
         forget_gradients(engine.optimizer)
-    elif engine.dp_world_size == 1 and engine.optimizer is engine.basic_optimizer:
-        engine.allreduce_gradients = lambda: complete_gradients(engine)
     return engine
 
 
@@ -243,15 +237,6 @@ def uncompiled(optimizer: Any) -> Any:
     if not asked or torch.cuda.is_available():
         return optimizer
     return {**optimizer, "params": {"torch_adam": True, **(optimizer.get("params") or {})}}
-
-
-def complete_gradients(engine) -> None:
-    """What the reduction over one process comes to: zeros for what a batch does not use. DeepSpeed's would copy all
-    gradients to a buffer and back, which takes a thirtieth of a small model's step."""
-    if engine.is_gradient_accumulation_boundary():
-        for parameter in engine.module.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
 
 def forget_gradients(optimizer) -> None:

@@ -322,7 +322,7 @@ class Loop:
         while stage.step < settings.steps and not exhausted(stage):
             rate = schedule(settings.schedule, stage.step, settings.steps, settings.warmup)
             engines.set_rates(self.engine, settings, rate)
-            self.world.seed((stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank) % 2**63)  # of dropout
+            torch.manual_seed((stage.mixture.seed * 2**40 + stage.step * 2**10 + self.world.rank) % 2**63)  # dropout
             draw, micros = batches(stage.step + stage.skipped)
             loss, norm, amounts = self.gradients(micros)
             due = self.world.rank == 0 and time.perf_counter() - saved > self.config.checkpoint_seconds
@@ -409,7 +409,7 @@ class Loop:
             state = self.checkpoints.load(self.engine, latest(self.run.checkpoints))
             stage.skipped += stage.step - state["step"] + 1
             stage.step = state["step"]
-            spikes.losses = Spikes(**state["spikes"]).losses  # those of later steps are no measure of these
+            spikes.losses = state["spikes"]["losses"]  # those of later steps are no measure of these
             stage.average.load(state["average"])
             delayed.load(self.model, state.get("largest"))
         return action

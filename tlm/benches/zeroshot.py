@@ -52,10 +52,8 @@ def bench(config: ZeroshotConfig) -> int:
         contestants = {OURS: partial(ours, config.run, prompted, tasks)} | {
             f"lm-eval, batch {size}": partial(theirs, f"{folder}/model", prompted, size) for size in config.batch
         }
-        records = rounds.contest(
-            "zero-shot", contestants, config.seconds, config.threads, ["tlm.zeroshot"], progress
-        )  # fmt: skip
-    rows = list(rows_of(records, prompted, tasks, choices, Path(config.run).name))
+        records = rounds.contest("zero-shot", contestants, config.seconds, config.threads, ["tlm.zeroshot"], progress)
+    rows = list(rows_of(records, prompted, tasks, Path(config.run).name))
     if config.out:
         write_json(Path(config.out), {"machine": environment() | {"threads": config.threads}, "rows": rows})
     rounds.show(rows, "metric", "engine")
@@ -65,8 +63,9 @@ def bench(config: ZeroshotConfig) -> int:
 def questions(run: Run, config: ZeroshotConfig, progress: Progress) -> tuple[list[tuple[Instance, Prompted]], int]:
     """Rendered instances that are read whole, at most `limit` a task, and how many are not."""
     pool = open_pool(config.pool)
-    refuse_seen(run, pool, pool.select(config.categories))
-    tasks = with_choices(pool, pool.select(config.categories), config.categories, progress)
+    tasks = pool.select(config.categories)
+    refuse_seen(run, pool, tasks)
+    tasks = with_choices(pool, tasks, config.categories, progress)
     with progress.phase("pool"):
         instances = open_instances(pool, pool_sha256(pool), Path(config.cache).expanduser(), progress.update)
     rows = [row for task in tasks for row in some(instances.rows(task.name, "test"), config.limit)]
@@ -125,19 +124,21 @@ def turns(scores: Callable[[], list[np.ndarray]]) -> Iterator[dict]:
 
 
 def rows_of(
-    records: dict[str, rounds.Record], prompted: Sequence[Prompted], tasks: Sequence[str], choices: int, case: str
+    records: dict[str, rounds.Record], prompted: Sequence[Prompted], tasks: Sequence[str], case: str
 ) -> Iterator[dict]:
     mine = records[OURS].turns
     for engine, record in records.items():
         scores = record.turns[0]["scores"]
         right = [float(s.argmax() == p.gold) for s, p in zip(scores, prompted, strict=True)]
-        by_task = {task: fmean(r for r, of in zip(right, tasks, strict=True) if of == task) for task in tasks}
+        by_task: dict[str, list[float]] = {}
+        for task, value in zip(tasks, right, strict=True):
+            by_task.setdefault(task, []).append(value)
         apart = max(float(np.abs(a - b).max()) for a, b in zip(scores, mine[0]["scores"], strict=True))
         times = [turn["seconds"] / of_ours["seconds"] for turn, of_ours in zip(record.turns, mine, strict=True)]
         for metric, value, unit in (
-            ("choices/s", choices / median(turn["seconds"] for turn in record.turns), "choices/s"),
+            ("choices/s", sum(map(len, scores)) / median(turn["seconds"] for turn in record.turns), "choices/s"),
             ("times the seconds of tlm", median(times), "x"),
-            ("accuracy, mean over tasks", fmean(by_task.values()), "percent"),
+            ("accuracy, mean over tasks", fmean(map(fmean, by_task.values())), "percent"),
             ("largest difference of a score", apart, "number"),
         ):
             yield rounds.row("zeroshot", case, engine, metric, value, unit, len(record.turns))

@@ -36,6 +36,15 @@ SMALL = [
     "init=random", "joint.mask_rate=0.15",
 ]  # fmt: skip
 BUDGET = 1e9
+RECORDS = Path(__file__).parents[2] / "runs" / "reference" / "records"
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(RECORDS)))
+def test_each_configuration_of_the_records_is_valid(path):
+    config = load(RecipeConfig, [str(path), "data=D", "corpus=C"])
+    assert recipe.check(config)
+    for setting in config.recipe:
+        validate(load(TrainConfig, ["task=D", "corpus=C", setting.rpartition(":")[2]]))
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tasks import columns
 from tasks.errors import InputError
 from tasks.metrics import METRICS
 from tasks.sources import SPLIT_OF, WHOLE, Record, Source, open_source
-from tasks.splits import count_overlap, drop_duplicates, limit_train, split_by_hash
+from tasks.splits import count_overlap, cut, drop_duplicates, split_by_hash
 from tasks.types import SPLITS, Example, Task
 
 DEFAULT_METRIC = "macro_f1"
@@ -38,6 +38,7 @@ def read_task(
     metric: str | None = None,
     train_limit: int | None = None,
     per_label: int | None = None,
+    dev_limit: int | None = None,
     dev_fraction: float = 0.1,
     test_fraction: float = 0.1,
     keep_duplicates: bool = False,
@@ -47,7 +48,8 @@ def read_task(
 
     spec: a folder with train|dev|test files (and card.json), one file, a catalog name or `hf:<dataset>[/config]`.
     text_column: one column, or several as "title+text"; it and label_column are guessed if not given (columns.py).
-    train_limit, per_label: a few-shot cut of train, drawn by `seed` (splits.limit_train).
+    train_limit, per_label: a few-shot cut of train, drawn by `seed` (splits.cut).
+    dev_limit: likewise of dev, which costs as much to score again and again as a short training.
     dev_fraction, test_fraction: of the rows, taken from train by hash of the text where the source has no such split.
 
     The report: by split, rows "read", and dropped for "blank_text" or "blank_label"; "split_by_hash", the splits made
@@ -55,7 +57,7 @@ def read_task(
     dropped; "train_duplicates" (splits.drop_duplicates), dropped unless keep_duplicates; "unused_labels" of the card;
     "train_before_cut". Raises InputError for whatever a user can mend.
     """
-    _check_arguments(train_limit, per_label, dev_fraction, test_fraction)
+    _check_arguments(train_limit, per_label, dev_limit, dev_fraction, test_fraction)
     _check_metric("metric", metric or DEFAULT_METRIC)
     source = open_source(spec)
     metric = metric or _check_metric(f"{spec}, card.json", source.card.get("metric", DEFAULT_METRIC))
@@ -75,7 +77,8 @@ def read_task(
         splits["train"] = unique
     labels = _check_labels(spec, splits, source.card.get("labels"), report)
     report["train_before_cut"] = len(splits["train"])
-    splits["train"] = limit_train(splits["train"], train_limit=train_limit, per_label=per_label, seed=seed)
+    splits["train"] = cut(splits["train"], limit=train_limit, per_label=per_label, seed=seed)
+    splits["dev"] = cut(splits["dev"], limit=dev_limit, seed=seed)
     if len({example.label for example in splits["train"]}) == 1:
         raise InputError(f"train_limit={train_limit}: this leaves examples of one label only; raise it")
     return Task(
@@ -89,10 +92,10 @@ def read_task(
     )
 
 
-def _check_arguments(train_limit, per_label, dev_fraction, test_fraction) -> None:
+def _check_arguments(train_limit, per_label, dev_limit, dev_fraction, test_fraction) -> None:
     if train_limit is not None and per_label is not None:
         raise InputError("train_limit and per_label exclude each other; give one of them")
-    for key, value in {"train_limit": train_limit, "per_label": per_label}.items():
+    for key, value in {"train_limit": train_limit, "per_label": per_label, "dev_limit": dev_limit}.items():
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: at least 1 is wanted")
     if not (0 < dev_fraction < 1 and 0 < test_fraction < 1 and dev_fraction + test_fraction < 1):

@@ -61,28 +61,28 @@ def drop_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> tu
     return kept, {**counts, "with_several_labels": several}
 
 
-def limit_train(
-    train: Sequence[Example], *, train_limit: int | None = None, per_label: int | None = None, seed: int = 0
+def cut(
+    examples: Sequence[Example], *, limit: int | None = None, per_label: int | None = None, seed: int = 0
 ) -> list[Example]:
-    """A random part of `train`, in its order: `per_label` examples of each label, or `train_limit` altogether.
+    """A random part of a split, in its order: `per_label` examples of each label, or `limit` altogether.
 
-    `train_limit` keeps the labels' shares, but at least one example of each as long as it is not less than the number
+    `limit` keeps the labels' shares, but at least one example of each as long as it is not less than the number
     of labels. Each label's examples are drawn in one fixed random order, so a larger cut holds a smaller one
-    (for `train_limit`, up to rounding of the shares).
+    (for `limit`, up to rounding of the shares).
     """
     rows = defaultdict(list)
-    for row, example in enumerate(train):
+    for row, example in enumerate(examples):
         rows[example.label].append(row)
     labels = sorted(rows)
     sizes = np.array([len(rows[label]) for label in labels])
     wanted = sizes if per_label is None else np.minimum(sizes, per_label)
-    if train_limit is not None and train_limit < wanted.sum():
-        wanted = _shares(wanted, train_limit)
+    if limit is not None and limit < wanted.sum():
+        wanted = _shares(wanted, limit)
     kept = []
     for number, (label, count) in enumerate(zip(labels, wanted, strict=True)):
         order = np.random.default_rng([seed, number]).permutation(len(rows[label]))
         kept += [rows[label][i] for i in order[:count]]
-    return [train[row] for row in sorted(kept)]
+    return [examples[row] for row in sorted(kept)]
 
 
 def _shares(sizes: np.ndarray, total: int) -> np.ndarray:

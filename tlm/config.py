@@ -39,6 +39,7 @@ class DataConfig:
     metric: str | None = key(None, "accuracy, macro_f1 or micro_f1 (the task card's, else macro_f1)")
     train_limit: int | None = key(None, "use only this many training texts, drawn by the seed data.seed")
     per_label: int | None = key(None, "use only this many training texts of each label")
+    dev_limit: int | None = key(None, "score only this many dev texts, drawn likewise")
     keep_duplicates: bool = key(False, "keep training texts that also stand in dev or test")
     seed: int = key(0, "seed of the few-shot cut and of splits made by hash; fixed while `seed` varies")
 
@@ -786,7 +787,7 @@ CHOICES = {
 }
 # Smallest value that makes sense; what is not here may be anything of its type.
 AT_LEAST = {
-    "data.train_limit": 1, "data.per_label": 1, "retrieval.k": 1, "retrieval.max_documents": 1,
+    "data.train_limit": 1, "data.per_label": 1, "data.dev_limit": 1, "retrieval.k": 1, "retrieval.max_documents": 1,
     "retrieval.max_words": 1, "retrieval.query_terms": 1, "retrieval.k1": 0, "retrieval.b": 0,
     "tokenizer.vocabulary": 100, "model.hidden": 2, "model.layers": 1, "model.heads": 1, "model.intermediate": 1,
     "model.max_length": 8, "init.max_words": 1, "joint.steps": 0, "finetune.steps": 0, "joint.batch": 1,

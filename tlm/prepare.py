@@ -87,6 +87,7 @@ def open_task(spec: str, data: DataConfig) -> Task:
         metric=data.metric,
         train_limit=data.train_limit,
         per_label=data.per_label,
+        dev_limit=data.dev_limit,
         keep_duplicates=data.keep_duplicates,
         seed=data.seed,
     )

@@ -302,6 +302,16 @@ def test_few_shot_cuts(tiny_task):
     assert task.splits["test"] == whole.splits["test"]
 
 
+def test_a_part_of_dev_leaves_the_rest_as_it_is(tiny_task):
+    whole, part = read_task(str(tiny_task)), read_task(str(tiny_task), dev_limit=6, seed=1)
+    assert Counter(e.label for e in part.splits["dev"]) == {"sport": 2, "stage": 2, "trade": 2}
+    assert set(part.splits["dev"]) < set(whole.splits["dev"])
+    assert part.splits["train"] == whole.splits["train"]
+    assert part.splits["test"] == whole.splits["test"]
+    assert part.report["train_duplicates"] == whole.report["train_duplicates"]
+    assert part.fingerprint != whole.fingerprint
+
+
 def test_fingerprint_names_the_content(tiny_task, tmp_path):
     import shutil
 
@@ -370,6 +380,7 @@ BAD = {
     "unlabelled test": ({"test": [{"text": "x", "label": None}]}, {}, r"the split test is empty \(1 rows"),
     "two limits": ({}, {"train_limit": 5, "per_label": 5}, "exclude each other"),
     "limit of nothing": ({}, {"train_limit": 0}, "train_limit=0: at least 1"),
+    "no dev left": ({}, {"dev_limit": 0}, "dev_limit=0: at least 1"),
     "limit of one": ({}, {"train_limit": 1}, "train_limit=1: this leaves examples of one label only"),
     "fractions": ({}, {"dev_fraction": 0.6, "test_fraction": 0.6}, "their sum below 1"),
     "train within test": ({"train": rows(6, start=24)}, {}, "every text of train stands in dev or test too"),

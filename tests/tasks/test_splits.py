@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.splits import count_overlap, drop_duplicates, limit_train, split_by_hash, text_key
+from tasks.splits import count_overlap, cut, drop_duplicates, split_by_hash, text_key
 from tasks.types import Example
 
 
@@ -61,15 +61,15 @@ def test_overlap_and_duplicates_by_hand():
     limit=st.integers(1, 200),
     seed=st.integers(0, 3),
 )
-def test_train_limit_is_exact_stratified_and_keeps_order(sizes, limit, seed):
+def test_limit_is_exact_stratified_and_keeps_order(sizes, limit, seed):
     train = examples(*((f"{label} {i}", str(label)) for label, size in enumerate(sizes) for i in range(size)))
-    cut = limit_train(train, train_limit=limit, seed=seed)
-    assert cut == limit_train(train, train_limit=limit, seed=seed)
-    assert len(cut) == min(limit, len(train))
-    assert [e.id for e in cut] == sorted((e.id for e in cut), key=lambda i: int(i[1:]))
-    counts = Counter(e.label for e in cut)
+    part = cut(train, limit=limit, seed=seed)
+    assert part == cut(train, limit=limit, seed=seed)
+    assert len(part) == min(limit, len(train))
+    assert [e.id for e in part] == sorted((e.id for e in part), key=lambda i: int(i[1:]))
+    counts = Counter(e.label for e in part)
     for label, size in enumerate(sizes):
-        share = len(cut) * size / len(train)
+        share = len(part) * size / len(train)
         if limit >= len(sizes):
             assert counts[str(label)] >= 1
         # Labels that were lifted to one example are paid for by the others, at most one each.
@@ -80,15 +80,15 @@ def test_per_label_counts_nesting_and_seed():
     train = examples(
         *((f"{label} {i}", label) for label, size in {"a": 30, "b": 8, "c": 2}.items() for i in range(size))
     )
-    five, ten = limit_train(train, per_label=5, seed=1), limit_train(train, per_label=10, seed=1)
+    five, ten = cut(train, per_label=5, seed=1), cut(train, per_label=10, seed=1)
     assert Counter(e.label for e in five) == {"a": 5, "b": 5, "c": 2}
     assert set(five) <= set(ten)
-    assert five != limit_train(train, per_label=5, seed=2)
-    assert limit_train(train) == train
+    assert five != cut(train, per_label=5, seed=2)
+    assert cut(train) == train
 
 
 def test_every_example_is_as_likely_as_another():
     train = examples(*((str(i), "a") for i in range(20)), *((str(i), "b") for i in range(20)))
-    seen = Counter(e.id for seed in range(500) for e in limit_train(train, train_limit=10, seed=seed))
+    seen = Counter(e.id for seed in range(500) for e in cut(train, limit=10, seed=seed))
     assert len(seen) == 40
     assert all(abs(count - 125) < 5 * np.sqrt(500 * 0.25 * 0.75) for count in seen.values())

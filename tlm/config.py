@@ -549,6 +549,7 @@ class ZeropromptConfig:
 class LowbitConfig:
     task: list[str] = field(default_factory=list, metadata={"help": "one task or several: A,B or [A,B]"})
     corpus: str = key("", "general text: a store, folder, file, glob or address")
+    pool: str = key("", "folder of prompted tasks: their mixture as one task more")
     recipes: list[str] = field(
         default_factory=lambda: list(RECIPES), metadata={"help": "what precision= is set to, beside fp32"}
     )

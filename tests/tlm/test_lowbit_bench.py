@@ -67,6 +67,22 @@ def test_runs_are_made_once_and_see_the_same(arguments, tmp_path, capsys):
     assert 0 < abs(gap) < 0.05
 
 
+def test_a_pool_is_one_task_more(arguments, pool_folder, tmp_path, jobs_here):
+    settings = SMALL.replace("joint.held_out=20", "joint.batch_tokens=256")
+    assert main([*arguments, "seeds=1", f"pool={pool_folder}", f"settings={settings}"]) == 0
+    rows = {(row["task"], row["recipe"]): row for row in read_json(tmp_path / "lowbit" / "lowbit.json")["by_seed"]}
+    assert len(rows) == 4
+    (gap,) = rows[str(pool_folder), "mxfp8"]["loss gap"]
+    assert 0 < abs(gap) < 0.05
+    for recipe in ("fp32", "mxfp8"):
+        folder, row = tmp_path / "lowbit" / pool_folder.name / f"{recipe}-0", rows[str(pool_folder), recipe]
+        scores = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [score for score in scores if score["kind"] == "dev"][-1]
+        assert row["loss"] == [last["loss"]]
+        assert row["dev"] == [read_json(folder / "summary.json")["dev"]["token_accuracy"]]
+        assert last["step"] == [score["step"] for score in scores if score["kind"] == "train"][-1]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -2,8 +2,11 @@
 
 All runs are `tlm train` with the same settings but `precision=` and the seed, so that a seed sees the same text in the
 same order. Its gap to fp32 is that of the loss on passages of the selection that no run trains on, and of the dev
-score; the seeds' own spread stands beside it. Runs are ordinary run folders, queued over processes of one thread: what
-has finished is never done again, and the same command goes on where it was stopped. Test is not read.
+score; the seeds' own spread stands beside it. With a pool its prompted tasks are one task more, by `tlm pretrain`: loss
+is that of the tokens of answers that no run trains on, dev the share of these tokens that are guessed.
+
+Runs are ordinary run folders, queued over processes of one thread: what has finished is never done again, and the same
+command goes on where it was stopped. Test is not read.
 """
 
 from dataclasses import replace
@@ -28,7 +31,7 @@ def bench(config: LowbitConfig) -> int:
     progress, runs = Progress(), runs_of(config)
     queue(list(runs.values()), config.jobs, progress)
     results = {name: result(run) for name, run in runs.items()}
-    found = {(t, r): figures(results, t, r) for t in config.task for r in (FP32, *config.recipes)}
+    found = {(t, r): figures(results, t, r) for t in tasks_of(config) for r in (FP32, *config.recipes)}
     code = sorted({str(read_json(run.folder / "env.json")["git_commit"]) for run in runs.values()})
     listed = [{"task": t, "recipe": r, "seed": s} | of_run for (t, r, s), of_run in results.items()]
     beside = [{"task": task, "recipe": recipe} | values for (task, recipe), values in found.items()]
@@ -51,25 +54,33 @@ def name_of(task: str) -> str:
     return Path(task.rstrip("/")).name.split(".")[0].replace("hf:", "")
 
 
+def tasks_of(config: LowbitConfig) -> list[str]:
+    return [*config.task, *([config.pool] if config.pool else [])]
+
+
 def runs_of(config: LowbitConfig) -> dict[tuple[str, str, int], Planned]:
     """By task, recipe and seed; those of a seed together, so that gaps are known early."""
-    given = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "boards=[]", "keep_checkpoints=1"]
-    given += [*config.settings, f"budget={config.budget}", "test=false", f"cache={config.cache}", "threads=1"]
+    both = [*config.settings, "boards=[]", "keep_checkpoints=1", f"budget={config.budget}", f"cache={config.cache}"]
+    labelled = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "test=false"]
     runs = {}
     for seed in range(config.seeds):
-        for task in config.task:
+        for task in tasks_of(config):
+            verb, data = "train", [f"task={task}", *labelled]
+            if task == config.pool:
+                verb, data = "pretrain", [f"pool.path={task}"]
             for recipe in (FP32, *config.recipes):
                 name, out = f"{recipe}-{seed}", Path(config.out) / name_of(task)
-                own = [f"task={task}", f"out={out}", f"run={name}", f"seed={seed}", f"precision={recipe}"]
-                runs[task, recipe, seed] = planned(task, seed, out / name, [*given, *own], config.budget)
+                own = [f"out={out}", f"run={name}", f"seed={seed}", f"precision={recipe}", "threads=1"]
+                runs[task, recipe, seed] = planned(task, seed, out / name, [*data, *both, *own], config.budget, verb)
     return runs
 
 
 def result(run: Planned) -> dict:
-    """`loss`: masked LM of held-out passages at the joint stage's end; `spikes`: steps whose loss jumped."""
+    """`loss`: of held-out passages or answers, at the joint stage's end; `spikes`: steps whose loss jumped."""
     summary, records = read_json(run.folder / "summary.json"), read_metrics(run.folder)
+    kind, loss = ("dev", "loss") if run.verb == "pretrain" else ("held_out", "mlm_loss")
     return {
-        "loss": next(r["mlm_loss"] for r in records if r["kind"] == "held_out"),
+        "loss": [record[loss] for record in records if record["kind"] == kind][-1],
         "dev": summary["dev"][summary["metric"]],
         "spikes": sum(r["kind"] == "spike" for r in records),
         "seconds": sum(

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tasks.errors import InputError
 from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
-from tlm.jobs import Planned, planned, queue
+from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name
 from tlm.ledger import Ledger
 from tlm.plan import fitted, length_for, stage_costs, steps_between_scores, within_budget
 from tlm.prepare import NO_TASK, leaks_by_task, open_corpus, open_task
@@ -93,11 +93,6 @@ def parse_arm(name: str) -> Arm:
     return Arm(name, kind, tuple(settings))
 
 
-def stem(spec: str) -> str:
-    """A task's name as part of paths."""
-    return Path(spec.rstrip("/")).name.split(".")[0].replace("hf:", "")
-
-
 @dataclass
 class Study:
     """What is asked, and which runs that needs: `plan` says which can be made by now."""
@@ -120,11 +115,7 @@ class Study:
     def common(self, task: str | None) -> list[str]:
         """What all arms have; `task` None: the pretraining's, which knows no task."""
         given = ["boards=[]", "keep_checkpoints=1", f"price_per_hour={self.config.price_per_hour}"]
-        for setting in self.config.settings:
-            name = setting.partition("=")[0].rpartition(":")[0]  # of the one task that it is for
-            if name in ("", task):
-                given.append(setting.removeprefix(f"{name}:"))
-        return [*given, f"cache={self.config.cache}", "threads=1"]
+        return [*given, *settings_of(self.config.settings, task), f"cache={self.config.cache}", "threads=1"]
 
     def train(self, task: str | None, settings: Sequence[str], corpus: bool = True) -> TrainConfig:
         """The configuration that these settings lead to."""
@@ -378,19 +369,13 @@ def compare(config: CompareConfig) -> int:
 def open_study(config: CompareConfig) -> Study:
     """Raises InputError for all that is wrong with what was asked, before anything is run."""
     names = [name for given in config.task for name in given.split(",") if name]
-    tasks = {stem(name): name for name in names}
+    tasks = {task_name(name): name for name in names}
     if len(tasks) < len(names):
         raise InputError(f"task=[{', '.join(names)}]: two of them have one name; rename a folder or file")
     arms = [parse_arm(name) for name in config.arms]
     if twice := next((arm.name for arm in arms if [a.slug for a in arms].count(arm.slug) > 1), None):
         raise InputError(f"arms=[{twice}]: given twice; leave one out")
-    for setting in config.settings:
-        name, equals, _ = setting.partition("=")
-        task, colon, key = name.rpartition(":")
-        if not equals or (colon and task not in tasks):
-            raise InputError(f"settings=[{setting}]: must be key=value, or TASK:key=value of a task that is compared")
-        if key in (*FIXED, *BUDGETED):
-            raise InputError(f"settings=[{setting}]: {key} is the comparison's to set; leave it out")
+    check_settings("settings", config.settings, (*FIXED, *BUDGETED), list(tasks))
     study = Study(config, arms, tasks, Progress())
     for task in tasks:
         study.open(task)
@@ -407,7 +392,7 @@ def refuse_leaks(study: Study) -> None:
     with study.progress.phase("leaks"):
         data = study.train(next(iter(study.tasks)), ()).data
         found, _ = leaks_by_task(list(study.tasks.values()), data, corpus, where, 1, study.progress)
-    leaks = {stem(task): len(rows) for task, rows in found.items() if len(rows)}
+    leaks = {task_name(task): len(rows) for task, rows in found.items() if len(rows)}
     if leaks and config.leaks == "refuse":
         listed = ", ".join(f"{count} of {task}" for task, count in leaks.items())
         raise InputError(

@@ -556,7 +556,10 @@ class LowbitConfig:
     seeds: int = key(3, "runs of a recipe on a task, seeds 0, 1, ...")
     budget: float = key(3e12, "FLOPs a run, counted as those of fp32 products")
     settings: list[str] = field(
-        default_factory=list, metadata={"help": "key=value of `tlm train` for all runs alike, such as spike=log"}
+        default_factory=list,
+        metadata={
+            "help": "key=value of `tlm train` for all runs alike, such as spike=log; TASK:key=value: for one alone"
+        },
     )
     jobs: int = key(2, "runs at a time, a process of one thread each")
     out: str = key("runs/lowbit", "folder of the runs, TASK/RECIPE-SEED, and of lowbit.json")

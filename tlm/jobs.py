@@ -52,6 +52,38 @@ class Planned:
         return min(1.0, int(spent[-1]) / self.flops) if spent else 0.0
 
 
+def task_name(spec: str) -> str:
+    """A task's name as part of paths, and before the colon in settings."""
+    return Path(spec.rstrip("/")).name.split(".")[0].replace("hf:", "")
+
+
+def check_settings(what: str, settings: Sequence[str], fixed: Sequence[str], tasks: Sequence[str] = ()) -> None:
+    """Raises InputError for what is neither key=value nor TASK:key=value of `tasks`, or sets one of the keys `fixed`,
+    in which `data.` is a whole group."""
+    for setting in settings:
+        name, equals, _ = setting.partition("=")
+        task, colon, key = name.rpartition(":")
+        if not equals:
+            raise InputError(f"{what}=[{setting}]: must be key=value{', or TASK:key=value' if tasks else ''}")
+        if colon and task not in tasks:
+            mend = f"use one of {', '.join(tasks)}" if tasks else "leave it out"
+            raise InputError(f"{what}=[{setting}]: {task} is none of the tasks that can be named here; {mend}")
+        if key in fixed or f"{key.split('.')[0]}." in fixed:
+            raise InputError(
+                f"{what}=[{setting}]: {key} is not to be set here, as it follows from the rest; leave it out"
+            )
+
+
+def settings_of(settings: Sequence[str], task: str | None) -> list[str]:
+    """Those that hold for the task, without its name: key=value and TASK:key=value."""
+    found = []
+    for setting in settings:
+        name = setting.partition("=")[0].rpartition(":")[0]
+        if name in ("", task):
+            found.append(setting.removeprefix(f"{name}:"))
+    return found
+
+
 def planned(
     task: str, seed: int, folder: Path, settings: Sequence[str], flops: float = 0.0, verb: str = "train"
 ) -> Planned:

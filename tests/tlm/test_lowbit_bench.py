@@ -89,7 +89,7 @@ def test_a_pool_is_one_task_more(arguments, pool_folder, tmp_path, jobs_here):
         (["recipes=[nf4]"], "recipes=[nf4]: no recipe to train by; use some of fp8-tensorwise, "),
         (
             ["settings=[precision=int8]"],
-            "settings=[precision=int8]: must be key=value, of keys that are not the bench's",
+            "settings=[precision=int8]: precision is not to be set here",
         ),
         (["corpus=''"], "corpus=: missing"),
     ],

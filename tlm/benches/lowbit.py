@@ -17,7 +17,7 @@ from tasks.errors import InputError
 from tlm.benches.recipe import HELD_OUT_PASSAGES
 from tlm.config import RECIPES, LowbitConfig
 from tlm.curves import read_metrics
-from tlm.jobs import Planned, planned, queue
+from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name
 from tlm.progress import Progress
 from tlm.run import environment, read_json, write_json
 
@@ -45,13 +45,7 @@ def check(config: LowbitConfig) -> None:
     """Raises InputError, before anything is run."""
     if unknown := next((recipe for recipe in config.recipes if recipe not in (*RECIPES, "bf16")), None):
         raise InputError(f"recipes=[{unknown}]: no recipe to train by; use some of {', '.join((*RECIPES, 'bf16'))}")
-    for setting in config.settings:
-        if "=" not in setting or setting.partition("=")[0].split(".")[0] in FIXED:
-            raise InputError(f"settings=[{setting}]: must be key=value, of keys that are not the bench's to set")
-
-
-def name_of(task: str) -> str:
-    return Path(task.rstrip("/")).name.split(".")[0].replace("hf:", "")
+    check_settings("settings", config.settings, FIXED, [task_name(task) for task in tasks_of(config)])
 
 
 def tasks_of(config: LowbitConfig) -> list[str]:
@@ -60,7 +54,7 @@ def tasks_of(config: LowbitConfig) -> list[str]:
 
 def runs_of(config: LowbitConfig) -> dict[tuple[str, str, int], Planned]:
     """By task, recipe and seed; those of a seed together, so that gaps are known early."""
-    both = [*config.settings, "boards=[]", "keep_checkpoints=1", f"budget={config.budget}", f"cache={config.cache}"]
+    both = ["boards=[]", "keep_checkpoints=1", f"budget={config.budget}", f"cache={config.cache}", "threads=1"]
     labelled = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "test=false"]
     runs = {}
     for seed in range(config.seeds):
@@ -68,9 +62,10 @@ def runs_of(config: LowbitConfig) -> dict[tuple[str, str, int], Planned]:
             verb, data = "train", [f"task={task}", *labelled]
             if task == config.pool:
                 verb, data = "pretrain", [f"pool.path={task}"]
+            given = settings_of(config.settings, task_name(task))
             for recipe in (FP32, *config.recipes):
-                name, out = f"{recipe}-{seed}", Path(config.out) / name_of(task)
-                own = [f"out={out}", f"run={name}", f"seed={seed}", f"precision={recipe}", "threads=1"]
+                name, out = f"{recipe}-{seed}", Path(config.out) / task_name(task)
+                own = [*given, f"out={out}", f"run={name}", f"seed={seed}", f"precision={recipe}"]
                 runs[task, recipe, seed] = planned(task, seed, out / name, [*data, *both, *own], config.budget, verb)
     return runs
 
@@ -115,7 +110,7 @@ def show(found: dict[tuple[str, str], dict[str, list[float]]]) -> None:
     console.width = max(console.width, 110)
     for task in dict.fromkeys(task for task, _ in found):
         seeds = len(found[task, FP32]["loss"])
-        table = Table(title=f"{name_of(task)}, {seeds} seeds, beside fp32", title_justify="left", box=None)
+        table = Table(title=f"{task_name(task)}, {seeds} seeds, beside fp32", title_justify="left", box=None)
         table.add_column("precision", no_wrap=True)
         for name in (*FORMS, "spikes"):
             table.add_column(name, justify="right", no_wrap=True)

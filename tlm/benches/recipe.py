@@ -24,7 +24,7 @@ from tlm import plan
 from tlm.config import RecipeConfig, TrainConfig, load, validate
 from tlm.curves import read_metrics
 from tlm.evaluate import test_scores
-from tlm.jobs import Planned, planned, queue
+from tlm.jobs import Planned, check_settings, planned, queue, settings_of
 from tlm.predict import open_run
 from tlm.prepare import open_task
 from tlm.progress import Progress
@@ -35,7 +35,7 @@ YARDSTICK = ("sciie", "chemprot", "imdb", "ag_news", "rct_pmc", "hyperpartisan",
 HELD_OUT = ("citation_intent", "scicite", "sst2", "helpfulness", "tweet_emotion", "banking77")
 FINAL = (*YARDSTICK, *HELD_OUT, "bbc_news")
 TRAIN_TEXTS = {"imdb": 1000, "ag_news": 500, "rct_pmc": 2000}  # of the others all
-FIXED = ("task", "data", "run", "out", "cache", "seed", "threads", "test", "budget", "joint.steps", "finetune.steps")
+FIXED = ("task", "data.", "run", "out", "cache", "seed", "threads", "test", "budget", "joint.steps", "finetune.steps")
 TFIDF = "tfidf"  # the rival's runs lie in a folder of this name
 HELD_OUT_PASSAGES = 200
 LEAST_SEEDS, LARGEST_P = 3, 0.05  # of a record
@@ -83,17 +83,8 @@ def check(config: RecipeConfig) -> list[str]:
         raise InputError(f"name={config.name}: is the rival's; choose another")
     if path := next((name for name in (config.name, *names) if Path(name).name != name), None):
         raise InputError(f"{path}: must be a plain name, as folders are called by it")
-    for setting in config.recipe:
-        key, equals, _ = setting.partition("=")
-        task, colon, key = key.rpartition(":")
-        if not equals:
-            raise InputError(f"recipe=[{setting}]: must be key=value")
-        if key in FIXED or key.split(".")[0] in FIXED:
-            raise InputError(f"recipe=[{setting}]: {key} is the bench's to set; leave it out")
-        if colon and (task in HELD_OUT or task not in {*FINAL, *names}):
-            raise InputError(
-                f"recipe=[{setting}]: {task} is no task of the yardstick; use one of {', '.join(YARDSTICK)}"
-            )
+    tuned_on = [name for name in dict.fromkeys((*YARDSTICK, *names)) if name not in HELD_OUT]
+    check_settings("recipe", config.recipe, FIXED, tuned_on)
     if config.record and (config.final or config.seeds < LEAST_SEEDS or set(names) != set(YARDSTICK)):
         raise InputError(
             f"record={config.record}: a record is made on dev of the whole yardstick with {LEAST_SEEDS} seeds or more; "
@@ -107,13 +98,8 @@ def check(config: RecipeConfig) -> list[str]:
 
 def recipe_runs(config: RecipeConfig, name: str, folder: Path) -> tuple[Task, list[Planned]]:
     """The task, and its run for each seed. Raises InputError where a run folder holds something else."""
-    own = [
-        setting.removeprefix(f"{name}:")
-        for setting in config.recipe
-        if setting.startswith(f"{name}:") or ":" not in setting.partition("=")[0]
-    ]
     given = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "boards=[]", "keep_checkpoints=1"]
-    given += [*own, *same_for_all(config, name), f"out={folder}", "test=false"]
+    given += [*settings_of(config.recipe, name), *same_for_all(config, name), f"out={folder}", "test=false"]
     given.append(f"budget={config.budget}")
     train = validate(load(TrainConfig, given))
     task, runs = open_task(train.task, train.data), []

@@ -23,7 +23,7 @@ from tasks.errors import InputError
 from tasks.pool import Pool, open_pool
 from tlm.config import PretrainConfig, ZeropromptConfig, load
 from tlm.curves import LIGHT, Ink, dress, render
-from tlm.jobs import Planned, planned, queue
+from tlm.jobs import Planned, check_settings, planned, queue
 from tlm.progress import Progress
 from tlm.run import environment, read_json, write_bytes, write_json
 from tlm.tables import short
@@ -124,9 +124,7 @@ def check(config: ZeropromptConfig, pool: Pool) -> list[Arm]:
         if arm.origin and arms[names.index(arm.origin)].origin:
             raise InputError(f"arms=[{arm.name}]: starts from @{arm.origin}, which starts from another; one is allowed")
     pool.select([*config.categories, *filter(None, (arm.without for arm in arms))])  # raises
-    for setting in config.settings:
-        if setting.partition("=")[0] in FIXED or "=" not in setting:
-            raise InputError(f"settings=[{setting}]: must be key=value, of keys that are not the bench's to set")
+    check_settings("settings", config.settings, FIXED)
     return arms
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tasks.errors import InputError
 from tlm.config import CHOICES, CompareConfig, TrainConfig, load, rows_of, validate
-from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name
+from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name, tasks_by_name
 from tlm.ledger import Ledger
 from tlm.plan import fitted, length_for, stage_costs, steps_between_scores, within_budget
 from tlm.prepare import NO_TASK, leaks_by_task, open_corpus, open_task
@@ -368,10 +368,7 @@ def compare(config: CompareConfig) -> int:
 
 def open_study(config: CompareConfig) -> Study:
     """Raises InputError for all that is wrong with what was asked, before anything is run."""
-    names = [name for given in config.task for name in given.split(",") if name]
-    tasks = {task_name(name): name for name in names}
-    if len(tasks) < len(names):
-        raise InputError(f"task=[{', '.join(names)}]: two of them have one name; rename a folder or file")
+    tasks = tasks_by_name(config.task)
     arms = [parse_arm(name) for name in config.arms]
     if twice := next((arm.name for arm in arms if [a.slug for a in arms].count(arm.slug) > 1), None):
         raise InputError(f"arms=[{twice}]: given twice; leave one out")

@@ -57,6 +57,15 @@ def task_name(spec: str) -> str:
     return Path(spec.rstrip("/")).name.split(".")[0].replace("hf:", "")
 
 
+def tasks_by_name(given: Sequence[str], *more: str) -> dict[str, str]:
+    """Name -> what was given as A,B or [A,B]; `more` are no lists. Raises InputError where two have one name."""
+    specs = [*(spec for listed in given for spec in listed.split(",") if spec), *more]
+    tasks = {task_name(spec): spec for spec in specs}
+    if len(tasks) < len(specs):
+        raise InputError(f"task=[{', '.join(specs)}]: two of them have one name; rename a folder or file")
+    return tasks
+
+
 def check_settings(what: str, settings: Sequence[str], fixed: Sequence[str], tasks: Sequence[str] = ()) -> None:
     """Raises InputError for what is neither key=value nor TASK:key=value of `tasks`, or sets one of the keys `fixed`,
     in which `data.` is a whole group."""

@@ -92,6 +92,7 @@ def test_a_pool_is_one_task_more(arguments, pool_folder, tmp_path, jobs_here):
             "settings=[precision=int8]: precision is not to be set here",
         ),
         (["corpus=''"], "corpus=: missing"),
+        (["task=[a/x.csv,b/x.csv]"], "task=[a/x.csv, b/x.csv]: two of them have one name"),
     ],
 )
 def test_bad_input_is_one_sentence(given, said, arguments, tmp_path, capsys):

@@ -9,7 +9,6 @@ Runs are ordinary run folders, queued over processes of one thread: what has fin
 command goes on where it was stopped. Test is not read.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -17,7 +16,7 @@ from tasks.errors import InputError
 from tlm.benches.recipe import HELD_OUT_PASSAGES
 from tlm.config import RECIPES, LowbitConfig
 from tlm.curves import read_metrics
-from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name
+from tlm.jobs import Planned, check_settings, planned, queue, settings_of, task_name, tasks_by_name
 from tlm.progress import Progress
 from tlm.run import environment, read_json, write_json
 
@@ -26,12 +25,11 @@ FIXED = ("task", "corpus", "run", "out", "cache", "seed", "threads", "test", "pr
 
 
 def bench(config: LowbitConfig) -> int:
-    config = replace(config, task=[name for given in config.task for name in given.split(",") if name])
     check(config)
     progress, runs = Progress(), runs_of(config)
     queue(list(runs.values()), config.jobs, progress)
     results = {name: result(run) for name, run in runs.items()}
-    found = {(t, r): figures(results, t, r) for t in tasks_of(config) for r in (FP32, *config.recipes)}
+    found = {(t, r): figures(results, t, r) for t in tasks_of(config).values() for r in (FP32, *config.recipes)}
     code = sorted({str(read_json(run.folder / "env.json")["git_commit"]) for run in runs.values()})
     listed = [{"task": t, "recipe": r, "seed": s} | of_run for (t, r, s), of_run in results.items()]
     beside = [{"task": task, "recipe": recipe} | values for (task, recipe), values in found.items()]
@@ -45,11 +43,12 @@ def check(config: LowbitConfig) -> None:
     """Raises InputError, before anything is run."""
     if unknown := next((recipe for recipe in config.recipes if recipe not in (*RECIPES, "bf16")), None):
         raise InputError(f"recipes=[{unknown}]: no recipe to train by; use some of {', '.join((*RECIPES, 'bf16'))}")
-    check_settings("settings", config.settings, FIXED, [task_name(task) for task in tasks_of(config)])
+    check_settings("settings", config.settings, FIXED, list(tasks_of(config)))
 
 
-def tasks_of(config: LowbitConfig) -> list[str]:
-    return [*config.task, *([config.pool] if config.pool else [])]
+def tasks_of(config: LowbitConfig) -> dict[str, str]:
+    """By name; the pool is the last."""
+    return tasks_by_name(config.task, *filter(None, [config.pool]))
 
 
 def runs_of(config: LowbitConfig) -> dict[tuple[str, str, int], Planned]:
@@ -58,13 +57,13 @@ def runs_of(config: LowbitConfig) -> dict[tuple[str, str, int], Planned]:
     labelled = [f"corpus={config.corpus}", f"joint.held_out={HELD_OUT_PASSAGES}", "test=false"]
     runs = {}
     for seed in range(config.seeds):
-        for task in tasks_of(config):
+        for called, task in tasks_of(config).items():
             verb, data = "train", [f"task={task}", *labelled]
             if task == config.pool:
                 verb, data = "pretrain", [f"pool.path={task}"]
-            given = settings_of(config.settings, task_name(task))
+            given = settings_of(config.settings, called)
             for recipe in (FP32, *config.recipes):
-                name, out = f"{recipe}-{seed}", Path(config.out) / task_name(task)
+                name, out = f"{recipe}-{seed}", Path(config.out) / called
                 own = [*given, f"out={out}", f"run={name}", f"seed={seed}", f"precision={recipe}"]
                 runs[task, recipe, seed] = planned(task, seed, out / name, [*data, *both, *own], config.budget, verb)
     return runs

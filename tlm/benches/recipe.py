@@ -83,8 +83,8 @@ def check(config: RecipeConfig) -> list[str]:
         raise InputError(f"name={config.name}: is the rival's; choose another")
     if path := next((name for name in (config.name, *names) if Path(name).name != name), None):
         raise InputError(f"{path}: must be a plain name, as folders are called by it")
-    tuned_on = [name for name in dict.fromkeys((*YARDSTICK, *names)) if name not in HELD_OUT]
-    check_settings("recipe", config.recipe, FIXED, tuned_on)
+    open_tasks = [name for name in dict.fromkeys((*FINAL, *names)) if name not in HELD_OUT]
+    check_settings("recipe", config.recipe, FIXED, open_tasks)
     if config.record and (config.final or config.seeds < LEAST_SEEDS or set(names) != set(YARDSTICK)):
         raise InputError(
             f"record={config.record}: a record is made on dev of the whole yardstick with {LEAST_SEEDS} seeds or more; "

@@ -4,7 +4,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +82,29 @@ def neural(folder: Path, tokenizer_sha256: str | None, threads: int, device: str
     return of_texts
 
 
+def open_runs(names: str, threads: int = 0, device: str = "auto", precision: str | None = None) -> Predictor:
+    """One run, or several as `A,B,C`, whose probabilities are averaged: runs that differ in their seed err in different
+    places. Raises InputError as `open_run` does, and where their labels are not the same."""
+    folders = [names] if Path(names).is_dir() else names.split(",")
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise InputError(f"{names}: {twice or 'an empty name'} stands there twice; name each run once")
+    first, *others = runs = [open_run(folder, threads, device, precision) for folder in folders]
+    for other in others:
+        if other.labels != first.labels:
+            raise InputError(
+                f"{other.folder}: its labels ({', '.join(other.labels)}) are not those of {first.folder} "
+                f"({', '.join(first.labels)}); name runs of one task"
+            )
+
+    def mean(texts: list[str]) -> np.ndarray:
+        return np.mean([run.probabilities(texts) for run in runs], axis=0)
+
+    return replace(first, probabilities=mean) if others else first
+
+
 def predict_file(run: str, file: str, config: PredictConfig) -> int:
     """A JSON line for each text of `file` (or a line each of standard input): label and probabilities."""
-    predictor = open_run(run, config.threads, config.device, config.precision)
+    predictor = open_runs(run, config.threads, config.device, config.precision)
     texts = standard_input() if file == "-" else texts_of(file, config.text_column)
     while batch := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
         rows = predictor.probabilities([text for _, text in batch])
@@ -118,7 +138,7 @@ def evaluate_runs(names: list[str], config: EvalConfig) -> int:
     from tlm.prepare import open_task
 
     for name in names:
-        predictor = open_run(name, config.threads, config.device, config.precision)
+        predictor = open_runs(name, config.threads, config.device, config.precision)
         trained = configs.load(TrainConfig, [str(predictor.folder / "config.yaml")])
         task = open_task(config.task, config.data) if config.task else open_task(trained.task, trained.data)
         if task.labels != predictor.labels:
@@ -127,5 +147,5 @@ def evaluate_runs(names: list[str], config: EvalConfig) -> int:
                 f"({', '.join(predictor.labels)})"
             )
         result = scores(predictor.probabilities(task.texts(config.split)), np.array(task.targets(config.split)))
-        print(json.dumps({"run": str(predictor.folder), "task": task.name, "split": config.split, **result}))
+        print(json.dumps({"run": name, "task": task.name, "split": config.split, **result}))
     return 0

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tlm import trainer
 from tlm.cli import main
@@ -641,6 +641,34 @@ def test_predict_eval_and_export_use_the_run(finished, tiny_task, tmp_path, caps
         p = theirs(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits.softmax(-1)
     for row, line in zip(p, lines, strict=True):
         assert row.tolist() == pytest.approx(list(line["probabilities"].values()), abs=1e-5)
+
+
+def test_several_runs_answer_by_the_mean_of_their_probabilities(finished, tiny_task, tmp_path, capsys):
+    other, third, test = tmp_path / "other", tmp_path / "third", str(tiny_task / "test.jsonl")
+    for folder in (other, third):
+        shutil.copytree(finished, folder)
+    weights = load_file(other / "model/model.safetensors")
+    weights["classifier.bias"][0] += 1
+    save_file(weights, other / "model/model.safetensors")
+
+    def predicted(runs):
+        assert main(["predict", runs, test]) == 0
+        return [list(json.loads(x)["probabilities"].values()) for x in capsys.readouterr().out.splitlines()]
+
+    one, two, both = (torch.tensor(predicted(runs)) for runs in (f"{finished}", f"{other}", f"{finished},{other}"))
+    assert (one - two).abs().max() > 0.01
+    assert torch.allclose(both, (one + two) / 2, atol=2e-6)
+    assert main(["eval", f"{finished},{other}", "split=test"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    gold = [json.loads(line)["label"] for line in (tiny_task / "test.jsonl").read_text().splitlines()]
+    named = sorted(set(gold))
+    right = sum(named[i] == label for i, label in zip(both.argmax(1).tolist(), gold, strict=True))
+    assert shown["accuracy"] == pytest.approx(right / len(gold))
+    summary = json.loads((third / "summary.json").read_text())
+    (third / "summary.json").write_text(json.dumps(summary | {"labels": ["p", "q", *summary["labels"][2:]]}))
+    for runs, words in ((f"{finished},{finished}", "twice"), (f"{finished},{third}", "of one task"), ("a,", "such run")):
+        assert main(["predict", runs, test]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_dry_run_writes_nothing(arguments, tmp_path, capsys):

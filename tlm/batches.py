@@ -30,6 +30,7 @@ class Batch:
     masked: torch.Tensor  # int64[M]: flat positions whose token is to be predicted
     masked_tokens: torch.Tensor  # int64[M]: what stands there
     labels: torch.Tensor | None = None  # int64[N]
+    shares: torch.Tensor | None = None  # float32[N]: of its own state in what is classified; the rest is its pair's
     # Of each packed sequence, the lengths of the answers that end it: each sees the prompt before them and itself up
     # to the token that asks, and no other answer. () is all prompt; None: no sequence has any.
     answers: tuple[tuple[int, ...], ...] | None = None
@@ -90,11 +91,12 @@ def pack(
     targets: Sequence[np.ndarray] | None = None,
     labels: Sequence[int] | None = None,
     answers: Sequence[tuple[int, ...]] | None = None,
+    shares: np.ndarray | None = None,
 ) -> Batch:
     """Lay `sequences` (int arrays, each with at least one token) end to end.
 
     `targets` holds an array a sequence, as long as it: the token to predict there, or IGNORE. `labels` is one class a
-    sequence. `answers`: see Batch; each continues the prompt, so its positions go on from the prompt's end.
+    sequence. `answers`, `shares`: see Batch; each answer continues the prompt, so its positions go on from the prompt's end.
     """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     assert min(lengths, default=0) > 0, "a batch needs sequences, each with at least one token"
@@ -121,6 +123,7 @@ def pack(
         masked=torch.from_numpy(masked),
         masked_tokens=torch.from_numpy(masked_tokens),
         labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        shares=None if shares is None else torch.from_numpy(shares),
         answers=None if answers is None else tuple(tuple(answers[i]) for i in order),
     )
 

@@ -156,7 +156,9 @@ VERBS = {
         evaluate,
     ),
     "search": Verb("better prompts for tasks of a pool, by genetic search", "RUN ...", configs.SearchConfig, search),
-    "predict": Verb("labels and probabilities as JSON lines", "RUN[,RUN...] [FILE or -]", configs.PredictConfig, predict),
+    "predict": Verb(
+        "labels and probabilities as JSON lines", "RUN[,RUN...] [FILE or -]", configs.PredictConfig, predict
+    ),
     "export": Verb("write a folder that `transformers` opens", "RUN", configs.ExportConfig, export),
     "report": Verb(
         "one HTML page and PNGs from run folders, finished or not, and selections",

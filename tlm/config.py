@@ -146,6 +146,9 @@ class JointConfig(StageConfig):
     mlm_weight: float = key(1.0, "weight of masked-LM on a task batch beside its task loss (the paper's rho2)")
     mask_rate: float = key(0.3, "share of external tokens that are masked (80/10/10)")
     task_mask_rate: float = key(0.15, "the same of the task's texts, which are to be classified as well")
+    mixup: float = key(
+        0.4, "the task's texts are classified mixed in pairs, by shares from Beta(mixup, mixup) (0: each alone)"
+    )
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
     keep_at: list[int] = field(
         default_factory=list, metadata={"help": "steps after which the model is kept, in the run's folder at-STEP"}
@@ -168,6 +171,7 @@ class FinetuneConfig(StageConfig):
     dropout: float | None = key(
         None, "dropout in the finetune stage (absent: model.dropout); its draws differ between one process and several"
     )
+    mixup: float = key(0.4, "as in the joint stage")
     mask_rate: float = key(0.15, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")
@@ -799,7 +803,8 @@ AT_LEAST = {
     "finetune.accumulation": 1, "joint.lr": 0, "finetune.lr": 0, "joint.matrix_lr": 0,
     "finetune.matrix_lr": 0, "joint.weight_decay": 0, "finetune.weight_decay": 0, "joint.clip": 0, "finetune.clip": 0,
     "rank": 1, "joint.external_per_task": 0, "joint.mlm_weight": 0, "joint.task_passes": 0.1, "finetune.task_passes": 0,
-    "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0,
+    "joint.embedding_share": 0, "finetune.embedding_share": 0, "joint.balance": 0, "finetune.balance": 0, "joint.mixup": 0,
+    "finetune.mixup": 0,
     "joint.mask_rate": 0, "joint.held_out": 0, "joint.eval_every": 0, "finetune.eval_every": 0,
     "finetune.patience": 0, "threads": 0, "seed": 0, "data.seed": 0, "seeds": 1, "jobs": 1, "budget": 1, "kills": 1,
     "queries": 1, "tries": 1, "checkpoints": 1, "pretraining": 0.01, "examples": 0, "pool.tasks": 1,

@@ -245,9 +245,13 @@ class Transformer(nn.Module):
 
     def classify(self, hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [N, C], a row for each of the caller's sequences in the caller's order."""
+        return self.classifier(self.head(self.pooled(hidden_TD, batch)))
+
+    def pooled(self, hidden_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """States [N, hidden] of the caller's sequences, in the caller's order."""
         mean = self.shape.pooling == "mean"
         pooled = torch.cat([part.mean(1) if mean else part[:, 0] for part in batch.split(hidden_TD)])
-        return self.classifier(self.head(pooled[batch.slots]))
+        return pooled[batch.slots]
 
     def reset_head(self, num_labels: int, generator: torch.Generator) -> None:
         """A fresh classification head, as the second stage wants. Its parameters are new: build the optimizer anew."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tlm.batches import IGNORE, Batch, pack
 from tlm.cross_entropy import cross_entropy_sum
@@ -54,6 +55,25 @@ class Masking:
 
 
 @dataclass(frozen=True)
+class Mixup:
+    """Mixup of texts' states (Zhang et al. 2018, arXiv 1710.09412; Verma et al. 2019, arXiv 1806.05236): what is
+    classified is `share` of a text and the rest of the next, and so are their labels, share ~ Beta(alpha, alpha), at
+    least a half. A text and the next are a pair, each mixed with the other; pairs are never parted.
+    """
+
+    alpha: float
+    seed: int
+
+    def __call__(self, source: str, positions: np.ndarray) -> np.ndarray:
+        """Shares of the texts at int[n] places of the source's stream: float32[n]."""
+        from scipy.special import betaincinv
+
+        drawn = [uniforms(self.seed, f"{source}/mixup", int(position), np.zeros(1, int))[0] for position in positions]
+        share = betaincinv(self.alpha, self.alpha, np.array(drawn))
+        return np.maximum(share, 1 - share).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Source:
     """Examples of one kind. `sequence(i)`: int[n] tokens with [CLS] and [SEP]; `labels`: int64[size] of a task."""
 
@@ -88,6 +108,7 @@ class Objective:
     masking: Masking | None
     hiding: Masking | None = None  # where masked LM is off: tokens that are hidden all the same
     offsets: torch.Tensor | None = None  # added to the classification's logits in training, float32[labels]
+    mixup: Mixup | None = None
 
     def step(
         self, micros: list[MicroBatch], rank: int = 0, world: int = 1, most_tokens: int | None = None
@@ -110,9 +131,16 @@ class Objective:
             mlm_weight = float(mlm_share / masked) if masked else 0.0
             task_weight = share / (rho2 + 1) / sum(map(len, same)) if is_task else 0.0
             labels = self.sources[TASK].labels[micro.examples] if is_task else None
-            for part in parts([len(inputs) for inputs, _ in pairs], rank, world, most_tokens):
+            mixup = self.mixup if is_task else None
+            lengths = [len(inputs) for inputs, _ in pairs]
+            for part in parts(lengths, rank, world, most_tokens, self.together if is_task else 1):
                 inputs, targets = zip(*(pairs[i] for i in part), strict=True)
-                batch = pack(inputs, targets if targets[0] is not None else None, labels[part] if is_task else None)
+                batch = pack(
+                    inputs,
+                    targets if targets[0] is not None else None,
+                    labels[part] if is_task else None,
+                    shares=mixup(micro.source, micro.positions[part]) if mixup else None,
+                )
                 result.append(Weighted(micro.source, batch, mlm_weight, task_weight))
         return result
 
@@ -120,6 +148,11 @@ class Objective:
     def rate(self) -> float:
         """Largest share of a text's tokens that a language-model head is to predict."""
         return max(map(self.masking.rate_of, self.sources)) if self.masking else 0.0
+
+    @property
+    def together(self) -> int:
+        """Texts that no process or part of a batch divides."""
+        return 2 if self.mixup else 1
 
     def flops(self, source: str, shape: ModelShape) -> float:
         """Of forward and backward of all its examples."""
@@ -145,18 +178,22 @@ class Objective:
         return [(sequence(i), None) for i in micro.examples]
 
 
-def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None) -> list[np.ndarray]:
+def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None, together: int = 1) -> list[np.ndarray]:
     """The examples of `rank`, every world-th, in as few parts as keep each rank's within `most_tokens` tokens; as many
-    for each rank, since some engines meet after each part. At least one example a part: one may be too long."""
-    shares = [np.arange(r, len(lengths), world) for r in range(world)]
-    sizes, count = np.array(lengths), 1
+    for each rank, since some engines meet after each part. At least one example a part: one may be too long. Where
+    `together` are one, all this is said of pairs and the like."""
+    groups = np.arange(0, len(lengths), together)
+    shares = [np.arange(r, len(groups), world) for r in range(world)]
+    sizes, count = np.add.reduceat(lengths, groups), 1
 
     def fit(share: np.ndarray) -> bool:
         return all(sizes[part].sum() <= most_tokens for part in np.array_split(share, count))
 
     while most_tokens and count < len(shares[-1]) and not all(map(fit, shares)):
         count += 1
-    return np.array_split(shares[rank], count)
+    of_rank = np.array_split(shares[rank], count)
+    within = np.arange(len(lengths))
+    return [np.concatenate([within[g : g + together] for g in groups[part]]) for part in of_rank]
 
 
 class Losses(nn.Module):
@@ -173,8 +210,19 @@ class Losses(nn.Module):
         if mlm:
             mlm_sum = self.model.mlm_loss_sum(hidden_TD[batch.masked], batch.masked_tokens)
         if task:
-            logits_NC = self.model.classify(hidden_TD, batch)
+            logits_NC, targets = self.classified(hidden_TD, batch)
             if self.offsets is not None:
                 logits_NC = logits_NC + self.offsets
-            task_sum = cross_entropy_sum(logits_NC, batch.labels)
+            task_sum = cross_entropy_sum(logits_NC, targets)
         return mlm_sum, task_sum
+
+    def classified(self, hidden_TD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, C], and labels [N]; or, where states are mixed, the labels' shares [N, C]."""
+        if batch.shares is None:
+            return self.model.classify(hidden_TD, batch), batch.labels
+        order = torch.arange(len(batch), device=hidden_TD.device)
+        pair = (order ^ 1).clamp(max=len(batch) - 1)  # the last of an odd number is its own
+        states_ND, own_N1 = self.model.pooled(hidden_TD, batch), batch.shares[:, None].to(hidden_TD.dtype)
+        labels_NC = F.one_hot(batch.labels, self.model.shape.num_labels).to(own_N1.dtype)
+        states_ND, labels_NC = (own_N1 * x + (1 - own_N1) * x[pair] for x in (states_ND, labels_NC))
+        return self.model.classifier(self.model.head(states_ND)), labels_NC

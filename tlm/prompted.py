@@ -172,6 +172,7 @@ class PromptedObjective:
 
     prompts: PromptSource
     external: Source | None = None
+    together = 1  # see Objective
 
     @property
     def sources(self) -> dict[str, PromptSource | Source]:

@@ -31,7 +31,7 @@ from tlm.ledger import Ledger, Meter, add_costs, peak_rss_bytes
 from tlm.lowbit import delayed
 from tlm.mixture import EXTERNAL, TASK, MicroBatch, Mixture
 from tlm.model import ModelShape, Transformer, compile_layers, forward_flops, load_model, save_model, training_flops
-from tlm.objectives import Masking, Objective, Weighted
+from tlm.objectives import Masking, Mixup, Objective, Weighted
 from tlm.optimizers import muon_flops, schedule
 from tlm.precision import autocasts, check_precision, products
 from tlm.prepare import NO_TASK, Prepared, open_task, prepare
@@ -192,9 +192,10 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
         return (stage("joint", settings, alone, seed, rho1),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     masked = masking if config.joint.mask_rate else None
-    joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared))
+    mixup = [Mixup(s.mixup, seed + i) if s.mixup else None for i, s in enumerate((config.joint, config.finetune))]
+    joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared), mixup[0])
     hiding = replace(masking, task_rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
-    finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared))
+    finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared), mixup[1])
     return (
         stage("joint", config.joint, joint, seed, rho1),
         stage("finetune", config.finetune, finetune, seed + 1, 0),
@@ -242,10 +243,12 @@ def mixture(name: str, stage: StageConfig, objective: Objective, seed: int, rho1
         for source, examples in objective.sources.items()
     }
     mixture = Mixture(seed, sizes, batch, rho1, stage.accumulation, round(stage.batch_ramp * stage.steps))
-    if mixture.smallest < world.size:
+    together = objective.together
+    if mixture.smallest <= together * (world.size - 1):
+        what, more = ("one", "") if together == 1 else ("a pair", f" (or {name}.mixup=0)")
         raise InputError(
-            f"{name}.batch: a micro-batch of {mixture.smallest} texts is less than one for each of the {world.size} "
-            f"processes; set {name}.batch={(4 if mixture.ramp_steps else 1) * world.size} or more"
+            f"{name}.batch: a micro-batch of {mixture.smallest} texts is less than {what} for each of the {world.size} "
+            f"processes; set {name}.batch={(4 if mixture.ramp_steps else 1) * together * world.size} or more{more}"
         )
     return mixture
 

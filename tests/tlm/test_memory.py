@@ -47,6 +47,15 @@ def test_parts_hold_each_example_once_within_the_limit():
         assert len(parts(lengths, 0, world, 10_000)) == 1
 
 
+def test_parts_keep_pairs_together():
+    lengths = np.random.default_rng(0).integers(1, 30, 41).tolist()
+    for world in (1, 2, 3):
+        found = [part.tolist() for rank in range(world) for part in parts(lengths, rank, world, 80, together=2)]
+        assert sorted(i for part in found for i in part) == list(range(41))
+        assert all(part.index(i + 1) == part.index(i) + 1 for part in found for i in part if i % 2 == 0 and i < 40)
+        assert max(sum(lengths[i] for i in part) for part in found) <= 80
+
+
 def test_a_text_that_is_too_long_is_a_part_of_its_own():
     assert [part.tolist() for part in parts([50, 3, 50], 0, 1, 10)] == [[0], [1], [2]]
     assert [len(parts([50, 50, 50], rank, 2, 10)) for rank in (0, 1)] == [1, 1]

@@ -1,5 +1,7 @@
 """The joint loss against the formula by hand, finite differences, and itself in other cuts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from tlm.batches import IGNORE
 from tlm.mixture import EXTERNAL, TASK, Mixture
 from tlm.model import ModelShape, Transformer
-from tlm.objectives import Losses, Masking, Objective, Source
+from tlm.objectives import Losses, Masking, Mixup, Objective, Source
 from tlm.tokenizer import CLS, MASK, SEP, SPECIALS
 
 VOCABULARY, LABELS, RHO2 = 30, 3, 4.0
@@ -126,6 +128,53 @@ def test_processes_together_give_what_one_gives(model, world):
     alone = step_loss(model, micros, objective()).item()
     together = sum(step_loss(model, micros, objective(), rank, world).item() for rank in range(world))
     assert together == pytest.approx(alone, rel=1e-12)
+
+
+def mixing():
+    return replace(objective(mlm_weight=0.0), mixup=Mixup(0.4, seed=3))
+
+
+@pytest.mark.parametrize("texts", [8, 7])
+def test_mixed_pairs_are_classified_by_the_formula(model, texts):
+    """Manifold mixup at the pooled state, a text at a time; the last of an odd number stays as it is."""
+    from tlm.batches import pack
+
+    micro = Mixture(0, {TASK: 48}, {TASK: texts}, 0).micro_batch(3)
+    states, expected = [], 0.0
+    for example in micro.examples:
+        batch = pack([SOURCES[TASK].sequence(example)])
+        states.append(model(batch).mean(0))
+    shares = Mixup(0.4, seed=3)(TASK, micro.positions)
+    assert shares.min() >= 0.5
+    for i, own in enumerate(shares.tolist()):
+        other = min(i + 1 - 2 * (i % 2), texts - 1)
+        logits = model.classifier(model.head(own * states[i] + (1 - own) * states[other]))
+        for share, text in ((own, i), (1 - own, other)):
+            expected -= share * logits.log_softmax(-1)[SOURCES[TASK].labels[micro.examples[text]]] / texts
+    assert step_loss(model, [micro], mixing()).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_mixed_pairs_stay_together_over_parts_and_processes(model, world):
+    micro = Mixture(0, {TASK: 48}, {TASK: 11}, 0).micro_batch(1)
+    losses = Losses(model)
+    alone, cut = (
+        sum(
+            m.task * losses(m.batch, False, True)[1]
+            for rank in range(n)
+            for m in mixing().step([micro], rank, n, most_tokens=most)
+        ).item()
+        for n, most in ((1, None), (world, 20))
+    )
+    assert cut == pytest.approx(alone, rel=1e-6)
+
+
+def test_shares_are_beta_distributed():
+    from scipy.stats import beta, kstest
+
+    shares = Mixup(0.4, seed=0)(TASK, np.arange(2000))
+    assert kstest(shares, lambda x: 2 * (beta.cdf(x, 0.4, 0.4) - 0.5)).pvalue > 0.01
+    assert np.array_equal(shares[100:110], Mixup(0.4, seed=0)(TASK, np.arange(100, 110)))
 
 
 def test_losses_that_are_off_are_not_computed(model):

@@ -666,7 +666,11 @@ def test_several_runs_answer_by_the_mean_of_their_probabilities(finished, tiny_t
     assert shown["accuracy"] == pytest.approx(right / len(gold))
     summary = json.loads((third / "summary.json").read_text())
     (third / "summary.json").write_text(json.dumps(summary | {"labels": ["p", "q", *summary["labels"][2:]]}))
-    for runs, words in ((f"{finished},{finished}", "twice"), (f"{finished},{third}", "of one task"), ("a,", "such run")):
+    for runs, words in (
+        (f"{finished},{finished}", "twice"),
+        (f"{finished},{third}", "of one task"),
+        ("a,", "such run"),
+    ):
         assert main(["predict", runs, test]) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
 

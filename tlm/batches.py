@@ -96,7 +96,8 @@ def pack(
     """Lay `sequences` (int arrays, each with at least one token) end to end.
 
     `targets` holds an array a sequence, as long as it: the token to predict there, or IGNORE. `labels` is one class a
-    sequence. `answers`, `shares`: see Batch; each answer continues the prompt, so its positions go on from the prompt's end.
+    sequence. `answers`, `shares`: see Batch; each answer continues the prompt, so its positions go on from
+    the prompt's end.
     """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     assert min(lengths, default=0) > 0, "a batch needs sequences, each with at least one token"

@@ -145,7 +145,7 @@ def show(rows: list[dict], lines: str, columns: str) -> None:
     for title in distinct(rows, third):
         group = [row for row in rows if row[third] == title]
         cells = {(row[lines], row[columns]): SHOWN[row["unit"]](row["value"]) for row in group}
-        table = Table(title=f"{title}, {group[0]['runs']} rounds", title_justify="left", box=None)
+        table = Table(title=f"{title}, {max(row['runs'] for row in group)} rounds", title_justify="left", box=None)
         table.add_column(lines, no_wrap=True)
         headers = distinct(group, columns)
         for header in headers:

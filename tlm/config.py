@@ -147,7 +147,7 @@ class JointConfig(StageConfig):
     mask_rate: float = key(0.3, "share of external tokens that are masked (80/10/10)")
     task_mask_rate: float = key(0.15, "the same of the task's texts, which are to be classified as well")
     mixup: float = key(
-        1.0, "the task's texts are classified mixed in pairs, by shares from Beta(mixup, mixup) (0: each alone)"
+        0.0, "the task's texts are classified mixed in pairs, by shares from Beta(mixup, mixup) (0: each alone)"
     )
     held_out: int = key(0, "passages of the selection not trained on; their masked-LM loss is taken at the stage's end")
     keep_at: list[int] = field(
@@ -171,7 +171,7 @@ class FinetuneConfig(StageConfig):
     dropout: float | None = key(
         None, "dropout in the finetune stage (absent: model.dropout); its draws differ between one process and several"
     )
-    mixup: float = key(1.0, "as in the joint stage")
+    mixup: float = key(0.0, "as in the joint stage")
     mask_rate: float = key(0.15, "share of the tokens that are hidden in training")
     head: str = key("keep", "classification head: keep (the joint stage's) or fresh (the paper's)")
     patience: int = key(5, "stop after this many dev scores without a better one (0: never)")

@@ -126,8 +126,7 @@ def golden(tiny_task, cache, tmp_path):
     names = [f"task={tiny_task}", f"out={tmp_path}", f"cache={cache}", "run=golden"]
     keys = ["init=random", "joint.steps=20", "joint.eval_every=10", "joint.mlm_weight=1", "joint.mask_rate=0.15"]
     keys += ["finetune.mask_rate=0", "finetune.matrix_lr=3e-3"]
-    older = ("embedding_share=1", "balance=0", "mixup=0")
-    keys += [f"{stage}.{key}" for stage in ("joint", "finetune") for key in older]
+    keys += [f"{stage}.{key}" for stage in ("joint", "finetune") for key in ("embedding_share=1", "balance=0")]
 
     def run(*more):
         assert main(["train", *names, *RUN, *keys, *more]) == 0

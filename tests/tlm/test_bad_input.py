@@ -13,7 +13,7 @@ from tlm import engine, trainer
 from tlm.cli import main
 from tlm.config import TrainConfig
 from tlm.engine import World
-from tlm.objectives import Objective, Source
+from tlm.objectives import Mixup, Objective, Source
 from tlm.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 WORDS = {"our": "sport", "the": "sport", "rich": "trade", "poor": "trade"}
@@ -125,20 +125,22 @@ def test_more_processes_than_texts(tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"task"}
 
 
-@pytest.mark.parametrize(("ramp", "least"), [(0.0, 3), (0.5, 12)])
-def test_a_batch_smaller_than_the_number_of_processes(ramp, least):
-    """5 texts for 3 processes are dealt out as 2, 2 and 1; 2 are too few."""
+@pytest.mark.parametrize(("ramp", "mixup", "least"), [(0.0, None, 3), (0.5, None, 12), (0.0, Mixup(1.0, 0), 6)])
+def test_a_batch_smaller_than_the_number_of_processes(ramp, mixup, least):
+    """5 texts for 3 processes are dealt out as 2, 2 and 1; 2 are too few. Pairs are not divided."""
     texts = Source(None, np.full(50, 10))
     config = TrainConfig()
     config.joint.batch_ramp = ramp
 
     def mixture(batch):
         config.joint.batch = batch
-        return trainer.mixture("joint", config.joint, Objective({"task": texts}, 0.0, None), 0, 0, World(0, 3))
+        return trainer.mixture(
+            "joint", config.joint, Objective({"task": texts}, 0.0, None, mixup=mixup), 0, 0, World(0, 3)
+        )
 
-    assert mixture(least).smallest == 3
+    assert mixture(least).smallest == (6 if mixup else 3)
     with pytest.raises(InputError, match=f"joint.batch: .* set joint.batch={least} or more"):
-        mixture(2)
+        mixture(4 if mixup else 2)
 
 
 def test_a_date_is_a_good_seed(tmp_path):

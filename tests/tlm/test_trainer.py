@@ -25,6 +25,8 @@ RUN = [
     "joint.external_per_task=3", "finetune.head=fresh",
 ]  # fmt: skip
 
+MIXED = ["joint.mixup=1", "finetune.mixup=1"]
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -486,6 +488,7 @@ def by_two(tiny_task, tiny_corpus, cache, tmp_path_factory):
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_trainer import *\n"
         "assert main([*sys.argv[1:], 'run=whole']) == 0\n"
+        "assert main([*sys.argv[1:], 'run=mixed', *MIXED]) == 0\n"
         "for optimizer, stage in ZERO:\n"
         "    run = f'run={optimizer}{stage}'\n"
         "    assert stopped_in_step(24, [*sys.argv[1:], run, *zero(optimizer, stage)]) == 143\n"
@@ -502,6 +505,13 @@ def zero(optimizer, stage, device="none"):
 
 def test_two_processes_see_the_same_data_and_the_same_losses(by_two, finished):
     assert_same_losses(by_two / "whole", finished)
+
+
+def test_mixed_pairs_are_those_of_two_processes_and_of_a_run_that_goes_on(by_two, finished, arguments, tmp_path):
+    assert stopped_in_step(30, [*arguments, "run=mixed", *MIXED]) == 128 + signal.SIGTERM
+    assert main([*arguments, "run=mixed", *MIXED]) == 0
+    assert_same_losses(by_two / "mixed", tmp_path / "mixed")
+    assert losses(tmp_path / "mixed")[-1]["loss"] != pytest.approx(losses(finished)[-1]["loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize(("optimizer", "stage"), ZERO)

@@ -151,7 +151,7 @@ VERBS = {
     ),
     "eval": Verb(
         "score finished runs: on dev or test, or on categories of a pool that they never saw",
-        "RUN ...",
+        "RUN[,RUN...] ...",
         configs.EvalConfig,
         evaluate,
     ),

@@ -181,19 +181,17 @@ class Objective:
 def parts(lengths: list[int], rank: int, world: int, most_tokens: int | None, together: int = 1) -> list[np.ndarray]:
     """The examples of `rank`, every world-th, in as few parts as keep each rank's within `most_tokens` tokens; as many
     for each rank, since some engines meet after each part. At least one example a part: one may be too long. Where
-    `together` are one, all this is said of pairs and the like."""
-    groups = np.arange(0, len(lengths), together)
-    shares = [np.arange(r, len(groups), world) for r in range(world)]
-    sizes, count = np.add.reduceat(lengths, groups), 1
+    so many stand `together`, all this is said of groups of them."""
+    group = np.arange(len(lengths)) // together  # of each example
+    shares = [np.arange(r, -(-len(lengths) // together), world) for r in range(world)]
+    sizes, count = np.bincount(group, lengths), 1
 
     def fit(share: np.ndarray) -> bool:
         return all(sizes[part].sum() <= most_tokens for part in np.array_split(share, count))
 
     while most_tokens and count < len(shares[-1]) and not all(map(fit, shares)):
         count += 1
-    of_rank = np.array_split(shares[rank], count)
-    within = np.arange(len(lengths))
-    return [np.concatenate([within[g : g + together] for g in groups[part]]) for part in of_rank]
+    return [np.flatnonzero(np.isin(group, part)) for part in np.array_split(shares[rank], count)]
 
 
 class Losses(nn.Module):

@@ -192,10 +192,11 @@ def stages(config: TrainConfig, prepared: Prepared, world: World) -> tuple[Stage
         return (stage("joint", settings, alone, seed, rho1),)
     sources = {TASK: task} | ({EXTERNAL: external} if external else {})
     masked = masking if config.joint.mask_rate else None
-    mixup = [Mixup(s.mixup, seed + i) if s.mixup else None for i, s in enumerate((config.joint, config.finetune))]
-    joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared), mixup[0])
+    mixup = Mixup(config.joint.mixup, seed) if config.joint.mixup else None
+    joint = Objective(sources, config.joint.mlm_weight, masked, None, offsets(config.joint, prepared), mixup)
     hiding = replace(masking, task_rate=config.finetune.mask_rate, seed=seed + 1) if config.finetune.mask_rate else None
-    finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared), mixup[1])
+    mixup = Mixup(config.finetune.mixup, seed + 1) if config.finetune.mixup else None
+    finetune = Objective({TASK: task}, 0.0, None, hiding, offsets(config.finetune, prepared), mixup)
     return (
         stage("joint", config.joint, joint, seed, rho1),
         stage("finetune", config.finetune, finetune, seed + 1, 0),

@@ -281,7 +281,7 @@ class Study:
 
     def curve(self, arm: Arm, task: str, chosen: tuple[str, ...]) -> list[tuple[Planned, list[Planned]]]:
         """(Checkpoint, the runs from it, one a seed) of pt-ft; those from the last one are the final ones."""
-        if arm.kind != "pt-ft":
+        if arm.kind != "pt-ft" or not self.config.curve:
             return []
         branches = self.pretraining()[1]
         return [
@@ -346,7 +346,7 @@ class Study:
             if arm.kind == "tfidf":
                 continue
             tuning = sum(count * share for count, share in self.rungs(arm, task))
-            points = self.config.checkpoints if arm.kind == "pt-ft" else 2 if arm.kind == "pt-ft+tapt" else 1
+            points = {"pt-ft": self.config.checkpoints if self.config.curve else 1, "pt-ft+tapt": 2}.get(arm.kind, 1)
             total += self.full(arm, task) * (tuning + self.config.seeds * points)
         return total
 

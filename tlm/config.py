@@ -609,6 +609,7 @@ class CompareConfig:
     budget: float = key(6e12, "FLOPs of a run of tlm or scratch: both stages and the start")
     pretraining: float = key(50.0, "FLOPs of pt-ft's pretraining, as a multiple of the budget")
     checkpoints: int = key(4, "of the pretraining, each with a quarter of the next one's FLOPs; the curve of pt-ft")
+    curve: bool = key(True, "finetune from every checkpoint; false: from the last one alone")
     tries: int = key(4, "settings an arm is tuned over on dev, by successive halving; 1: none")
     settings: list[str] = field(
         default_factory=list,

@@ -151,6 +151,7 @@ def test_the_plan_makes_each_run_once_and_reads_test_last(ask, made, tmp_path, t
     assert main(["compare", *ask()]) == 0  # nothing is left to do
     assert made == before
 
+    assert {n for n in found if "-at0-" in n} == {f"{task}/pt-ft-at0-0", f"{task}/pt-ft-at0-1"}
     (of_task,) = read(tmp_path / "out" / "summary.json")["tasks"].values()
     the_budget_is_alike_and_the_best_settings_are_chosen(of_task, made)
 
@@ -181,6 +182,17 @@ def test_checkpoints_are_trapezoids_of_their_own_length(ask, made, tmp_path):
         assert branch.flops == pytest.approx(0.6 * flops)
     assert study.checkpoints == [2e9, 8e9]
     assert len(list(tmp_path.rglob("config.yaml"))) == 0
+
+
+def test_without_a_curve_the_last_checkpoint_alone_is_finetuned(ask, made, tmp_path):
+    whole, short = (open_study(validate(load(CompareConfig, ask(arms="[pt-ft]", curve=c)))) for c in ("true", "false"))
+    (pt_ft,) = short.arms
+    assert whole.flops() - short.flops() == pytest.approx(2 * short.full(pt_ft, *short.tasks))  # two seeds
+    assert main(["compare", *ask(arms="[pt-ft]", curve="false")]) == 0
+    assert [n for n in names(made) if "-at" in n] == []
+    assert {f"{task}/pt-ft-{seed}" for task in short.tasks for seed in (0, 1)} <= set(names(made))
+    (of_task,) = read(tmp_path / "out" / "summary.json")["tasks"].values()
+    assert len(of_task["pt-ft"]["curve"]) == 1
 
 
 def test_what_failed_is_told_and_what_has_not_is_kept(ask, made, tmp_path, monkeypatch, capsys, tiny_task):

@@ -111,8 +111,8 @@ def queue(
 ) -> None:
     """Makes all that are not finished. Raises InputError if one fails, or Stopped, once the others have checkpoints.
 
-    `more`: asked whenever a run has ended for all that can be made by now. `failed`: takes why a run failed, by its
-    folder; the others go on. `flops`: of all runs, those to come included.
+    `more`: asked whenever a run has ended for all runs that are made or can be made by now, in the order to make them.
+    `failed`: takes why a run failed, by its folder; the others go on. `flops`: of all runs, those to come included.
     """
     runs = list(runs)
     waiting, starts, active = deque(run for run in runs if not run.finished), Counter(), {}
@@ -143,10 +143,9 @@ def queue(
                         failed[run.folder] = str(error)
                         progress.say(f"failed: {error}")
                     if more:
-                        known = {run.folder for run in runs}
-                        new = [run for run in more() if run.folder not in known]
-                        runs += new
-                        waiting += [run for run in new if not run.finished]
+                        runs = list(more())
+                        taken = {run.folder for run in active.values()} | set(failed or ())
+                        waiting = deque(run for run in runs if not run.finished and run.folder not in taken)
                 done = flops_done(runs)
                 note = " ".join(run.folder.name for run in active.values())
                 if done > done_before:

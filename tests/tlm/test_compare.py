@@ -146,6 +146,10 @@ def test_the_plan_makes_each_run_once_and_reads_test_last(ask, made, tmp_path, t
         last_tuned = max(found.index(n) for n in tuned[arm])
         assert all(found.index(f"{task}/{arm}-{seed}") > last_tuned for seed in (0, 1))
     assert sum(name.startswith("pretraining/trunk") for name in found) == 1
+    trunk, *cooled = [found.index(name) for name in found if name.startswith("pretraining/")]
+    assert trunk == 0
+    assert max(cooled) < 4  # the longest first: other runs wait, though they could be made sooner
+    assert found[cooled[0]] > found[cooled[1]]
 
     before = list(made)
     assert main(["compare", *ask()]) == 0  # nothing is left to do

@@ -9,11 +9,13 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+from tlm.mixture import TASK
+
 WINDOW = 64  # steps of a kind that are remembered
 LEAST = 16  # before that many, the first is the measure
 DEVIATIONS = 12.0  # robust standard deviations, 1.4826 x the median absolute deviation
 NATS = 2.0  # and at least this far above the median: near zero loss a harmless batch is many deviations off
-ONE_TEXT = 16.0  # nats that a single misread text may cost, shared by the texts of its batch
+TWO_TEXTS = 32.0  # nats that two misread texts may cost, shared by the texts of their task batch
 REWINDS = 3  # to one checkpoint: then the cause is not a batch
 IN_ROW = 10  # bad steps one after the other that are skipped or logged: then the weights are the cause
 
@@ -32,9 +34,9 @@ class Spikes:
     def judge(self, kind: str, loss: float, norm: float, texts: int) -> str | None:
         """What is wrong with a step of `kind`, in words; None if nothing is. Its loss is remembered.
 
-        `texts`: in its smallest micro-batch. Of two, one misread is no spike.
+        `texts`: in its smallest micro-batch. Two of four that a sure model misreads are no spike.
         """
-        trouble = None
+        trouble, least = None, max(NATS, TWO_TEXTS / texts if TASK in kind else 0.0)
         seen = self.losses.setdefault(kind, [])
         if not math.isfinite(loss):
             trouble = f"the loss is {loss}"
@@ -43,9 +45,9 @@ class Spikes:
         elif len(seen) >= LEAST:
             median = statistics.median(seen)
             spread = 1.4826 * statistics.median(abs(value - median) for value in seen)
-            if loss > median + max(DEVIATIONS * spread, NATS, ONE_TEXT / texts):
+            if loss > median + max(DEVIATIONS * spread, least):
                 trouble = f"the loss is {loss:.3f}, the median of the last {len(seen)} such steps {median:.3f}"
-        elif seen and loss > seen[0] + 2 * max(NATS, ONE_TEXT / texts):
+        elif seen and loss > seen[0] + 2 * least:
             trouble = f"the loss is {loss:.3f}, at the beginning it was {seen[0]:.3f}"
         if math.isfinite(loss):  # also of a spike: if losses stay up, the median follows
             seen.append(loss)

@@ -78,9 +78,12 @@ def test_a_state_goes_on_where_it_was():
     assert one == two
 
 
-def test_one_misread_text_of_two_is_no_spike_and_one_of_eight_is():
-    for texts, spike in ((2, False), (8, True)):
+def test_two_misread_texts_of_four_are_no_spike_and_of_sixteen_are():
+    for kind, texts, loss, spike in (
+        ("task", 2, 12.0, False), ("task", 4, 4.8, False), ("task", 16, 4.8, True), ("task", 4, 8.1, True),
+        ("external", 4, 4.8, True),
+    ):  # fmt: skip
         watch = Spikes()
         for _ in range(40):
-            watch.judge("task", 0.03, 1.0, texts)
-        assert bool(watch.judge("task", 4.0, 1.0, texts)) == spike
+            watch.judge(kind, 0.03, 1.0, texts)
+        assert bool(watch.judge(kind, loss, 1.0, texts)) == spike

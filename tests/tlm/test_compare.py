@@ -28,6 +28,7 @@ SMALL = [
     "tokenizer.vocabulary=400", "retrieval.k=20", "joint.batch=8", "finetune.batch=8", "init=random",
     "joint.mask_rate=0.15",
 ]  # fmt: skip
+CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 ARMS = ("tfidf", "scratch", "tlm", "tlm:joint.external_per_task=0", "pt-ft", "pt-ft+tapt")
 
 
@@ -450,6 +451,12 @@ def test_a_corpus_with_test_text_is_refused_with_the_count(ask, made, tiny_task,
     assert f"holds documents with dev or test text (7 of {tiny_task.name})" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["compare", *ask(corpus=corpus, leaks="drop", arms="[scratch]")]) == 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_in_configs_are_well_formed(path):
+    config = validate(load(CompareConfig, [str(path), "task=A,B", "corpus=C"]))
+    assert [parse_arm(name).name for name in config.arms] == config.arms
 
 
 def test_arms_are_told_apart_by_their_folders():

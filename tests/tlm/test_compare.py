@@ -229,7 +229,15 @@ def test_what_an_arm_fixes_is_not_tuned(ask, tiny_task):
     assert found == [(), ("joint.mlm_weight=20.0",)]
 
 
-def test_finetuning_reads_the_task_as_often_as_tlm_does(ask, tiny_task, jobs_here, tmp_path):
+def test_with_few_labels_finetuning_takes_the_least_of_steps(ask, tiny_task):
+    few = open_study(validate(load(CompareConfig, ask(budget=1e9, tries=1))))
+    alone = ask(budget=1e11, tries=1, settings=f"[{','.join(SMALL)},joint.external_per_task=0]")
+    many = open_study(validate(load(CompareConfig, alone)))
+    assert few.finetuning(tiny_task.name)[0] == 200 < many.finetuning(tiny_task.name)[0]
+
+
+def test_finetuning_reads_the_task_as_often_as_tlm_does(ask, tiny_task, jobs_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "LEAST_STEPS", 1)
     keys = dict(arms="[tlm,pt-ft]", seeds=1, tries=1, checkpoints=1, pretraining=1, budget=1e9)
     assert main(["compare", *ask(**keys)]) == 0
     out = tmp_path / "out" / tiny_task.name

@@ -480,17 +480,22 @@ def draw_reliability(axes, ink: Ink, title: str, bins: Sequence) -> None:
 
 
 def sources_section(found: Findings) -> Section:
-    chosen = [r for r in found.results if r.summaries and (r.summaries[0].get("selection") or {}).get("by_source")]
     rows = []
-    for r in chosen:
-        of_source, total = r.summaries[0]["selection"]["by_source"], r.summaries[0]["selection"]["documents"]
-        largest = list(of_source.items())[:5]
+    for r in found.results:
+        selection = (r.summaries[0].get("selection") if r.summaries else None) or {}
+        if not selection.get("by_source"):
+            continue
+        total, kl = selection["documents"], selection.get("kl")
+        largest = list(selection["by_source"].items())[:5]
         shares = ", ".join(f"{source} {percent(n['documents'] / total)}" for source, n in largest)
-        rows.append(
-            [f"{name(r.arm.name)}, {r.task}", whole(total), whole(r.summaries[0]["selection"]["words"]), shares]
-        )
-    note = "Documents that were selected, and the share of the largest sources among them, in percent (seed 0)."
-    heads = ["arm and task", "documents", "words", "sources"]
+        nearer = f"{kl['reduction']:.3f}" if kl else "-"
+        rows.append([f"{name(r.arm.name)}, {r.task}", whole(total), whole(selection["words"]), nearer, shares])
+    note = (
+        "Documents that were selected; by how many nats they are nearer to the task's texts than as many random words "
+        "are (KL divergence of hashed n-grams, Xie et al. 2023); and the share of the largest sources among them, in "
+        "percent (seed 0)."
+    )
+    heads = ["arm and task", "documents", "words", "KL reduction", "sources"]
     return Section("Where the selected text came from", note, [Table("Sources", heads, rows)]) if rows else NOTHING
 
 

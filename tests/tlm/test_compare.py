@@ -360,6 +360,10 @@ def test_a_whole_comparison(ask, tmp_path, tiny_task, jobs_here):
     assert {"trunk", "tapt-0"} < starts
     last = read(out / tiny_task.name / "pt-ft+tapt-0" / "summary.json")
     assert last["init_from"]["cost"]["flops"] > of_task["pt-ft+tapt"]["cost"]["shared"]["flops"]
+    kl = read(out / tiny_task.name / "tlm-0" / "summary.json")["selection"]["kl"]
+    where = (out / "report.md").read_text().partition("## Where the selected text came from")[2]
+    row = re.search(rf"^\| TLM, {tiny_task.name} \|.*$", where, re.M)[0]
+    assert row.split(" | ")[3] == f"{kl['to_random'] - kl['to_selection']:.3f}"
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

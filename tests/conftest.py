@@ -9,8 +9,10 @@ from pydoc_data import topics as pydoc_topics
 
 import pytest
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on CPU tensors; read when triton is imported
+if os.environ["TRITON_INTERPRET"] == "1":  # else the tests of test_gpu.py and test_kernels.py are meant, on a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 THEMES = {
     "sport": ["match", "team", "coach", "goal", "league", "season", "player", "stadium", "victory", "injury"],

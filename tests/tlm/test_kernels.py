@@ -1,4 +1,5 @@
-"""The GPU's kernels, without one: carried out by Triton's interpreter against their torch twins, and compiled."""
+"""The GPU's kernels against their torch twins: carried out by Triton's interpreter, and compiled ahead of time; or, with
+TRITON_INTERPRET=0, on a GPU."""
 
 import itertools
 import json
@@ -25,8 +26,11 @@ from tlm.model import ModelShape, Transformer
 from tlm.objectives import Losses
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the extra lowbit has it, on Linux")
-if not triton.knobs.runtime.interpret:
+INTERPRETED = triton.knobs.runtime.interpret
+if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET is not 1: kernels would need a GPU", allow_module_level=True)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+SUMS = 1e-6 if INTERPRETED else 2.0**-11  # of the magnitudes: on sm_90 the tensor cores add with about 14 bits
 
 import triton.language as tl  # noqa: E402
 
@@ -34,7 +38,7 @@ from tlm.lowbit.kernels import linear as kernels  # noqa: E402
 from tlm.lowbit.kernels.linear import Products  # noqa: E402
 from tlm.lowbit.kernels.matmul import product  # noqa: E402
 from tlm.lowbit.kernels.quantise import Gated, Normed, Plain, quantise  # noqa: E402
-from tlm.lowbit.kernels.rounding import rounded  # noqa: E402
+from tlm.lowbit.kernels.rounding import NATIVE, rounded  # noqa: E402
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
 BLOCKS = {"tensor": TENSOR, "row": ROW, "across": (1, 128), "square": (128, 128)}
@@ -45,12 +49,13 @@ def numbers(rows, columns, seed=0, dtype=torch.float32):
     """Normal numbers of magnitudes from 1e-4 to 1e4."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator)
-    return (x * 10 ** (torch.rand(rows, columns, generator=generator) * 8 - 4)).to(dtype)
+    return (x * 10 ** (torch.rand(rows, columns, generator=generator) * 8 - 4)).to(DEVICE, dtype)
 
 
 def same(found: Quantised, right: Quantised) -> None:
     """To the bit, NaN scales among them."""
     assert found.block == right.block
+    assert found.values.device.type == DEVICE.type
     assert torch.equal(found.values.view(torch.uint8), right.values.view(torch.uint8))
     assert torch.equal(found.scales.isnan(), right.scales.isnan())
     assert torch.equal(found.scales.nan_to_num(-1.0), right.scales.nan_to_num(-1.0))
@@ -66,9 +71,9 @@ def place(values: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def round_all(x, out, N, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+def round_all(x, out, N, FORMAT: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, rounded(tl.load(x + at, mask=at < N, other=0.0), FORMAT, False), mask=at < N)
+    tl.store(out + at, rounded(tl.load(x + at, mask=at < N, other=0.0), FORMAT, NATIVE), mask=at < N)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -82,11 +87,12 @@ def test_rounding_is_torchs_for_every_bfloat16_and_beside_every_middle(name):
     edges = torch.cat([known, (known[1:] + known[:-1]) / 2])
     beside = [edges.nextafter(torch.tensor(way)) for way in (-torch.inf, torch.inf)]
     x = torch.cat([every, edges, *beside, torch.tensor([31.73, -31.73])])
-    out = torch.empty(len(x), dtype=torch.uint8)
-    round_all[(triton.cdiv(len(x), 2**14),)](x, out, len(x), name, 2**14)
     right = x.clamp(-form.largest, form.largest).nan_to_num(nan=0.0).to(form.dtype)
-    assert torch.equal(out, right.view(torch.uint8))
-    assert out[-2:].view(form.dtype).float().tolist() == [32.0, -32.0]
+    for native in {False, NATIVE}:  # the integers' way and, on a GPU, the hardware's
+        out = torch.empty(len(x), dtype=torch.uint8, device=DEVICE)
+        round_all[(triton.cdiv(len(x), 2**14),)](x.to(DEVICE), out, len(x), name, native, 2**14)
+        assert torch.equal(out.cpu(), right.view(torch.uint8))
+        assert out[-2:].view(form.dtype).float().tolist() == [32.0, -32.0]
 
 
 # --- quantise -------------------------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ def test_what_is_not_finite_makes_the_one_scale_nan(what):
 def test_a_norm_or_a_geglu_is_taken_in(block):
     """Sums come in another order, so that a number beside a middle may be rounded the other way: by one place."""
     cast = Cast(E4M3, BLOCKS[block])
-    x, weight = numbers(37, 50).clamp(-30, 30), torch.rand(50) + 0.5
+    x, weight = numbers(37, 50).clamp(-30, 30), torch.rand(50).to(DEVICE) + 0.5
     weight[7] = 0
     for source, right in (
         (Normed.of(x, weight, 1e-5), F.layer_norm(x, (50,), weight, None, 1e-5)),
@@ -152,7 +158,7 @@ def test_products_of_every_kind_of_scale(pair):
         a, b = Cast(E5M2, BLOCKS[pair[0]])(numbers(M, L)), Cast(E4M3, BLOCKS[pair[1]])(numbers(P, L, seed=1))
         right = a.dequantised().double() @ b.dequantised().double().T
         size = a.dequantised().double().abs() @ b.dequantised().double().abs().T
-        assert ((product(a, b).double() - right).abs() <= 1e-6 * size).all()
+        assert ((product(a, b).double() - right).abs() <= SUMS * size).all()
         assert product(a, b, torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -164,7 +170,7 @@ def test_nan_and_zero_blocks_in_a_product():
     assert found.isnan().any(1).nonzero().flatten().tolist() == [2]
     assert found[2].isnan().all()
     assert (found[4] == 0).all()
-    a, b = Cast(E4M3, ROW)(torch.tensor([[3e38, 0.0]])), Cast(E4M3, ROW)(torch.tensor([[0.0, 3e38]]))
+    a, b = (Cast(E4M3, ROW)(torch.tensor([row], device=DEVICE)) for row in ([3e38, 0.0], [0.0, 3e38]))
     assert product(a, b).item() == 0
 
 
@@ -180,8 +186,8 @@ def with_gradients(function, leaves, g):
 @pytest.mark.parametrize(("name", "kind"), itertools.product(ON_GPU, ("plain", "norm", "geglu")))
 def test_output_and_every_gradient_are_the_twins(name, kind):
     recipe, odd = RECIPES[name], Counter()
-    x, w, g = operands(33, 40, 35)
-    norm = [torch.rand(40) + 0.5] if kind == "norm" else []
+    x, w, g = (t.to(DEVICE) for t in operands(33, 40, 35))
+    norm = [torch.rand(40).to(DEVICE) + 0.5] if kind == "norm" else []
     x = torch.cat([x, x.flip(0)], 1) if kind == "geglu" else x
     before = {
         "plain": lambda x: x,
@@ -196,7 +202,7 @@ def test_output_and_every_gradient_are_the_twins(name, kind):
         return linear.Products.apply(before(x, *norm), w, recipe, None, Counter())
 
     for found, right in zip(*(with_gradients(f, [x, w, *norm], g) for f in (kernels, twin)), strict=True):
-        assert sqnr_db(right, found) > 60  # 120 but for numbers that are rounded the other way
+        assert sqnr_db(right, found) > 60 - 10 * (not INTERPRETED)  # 120 but for numbers rounded the other way
     assert len(odd) == 6
     assert not sum(int(number) for number in odd.values())
 
@@ -207,7 +213,7 @@ SHAPE = ModelShape(50, 32, 1, 2, 40, 16, 3, recipe="fp8-blockwise")
 def test_a_model_trains_through_the_kernels_as_through_their_twins(monkeypatch):
     """As on a GPU: norms and GeGLU taken in, but where dropout comes between."""
     texts = [torch.randint(5, 50, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 16, 9)]
-    batch = pack([text.numpy() for text in texts], [text.numpy() for text in texts], [0, 1, 2])
+    batch = pack([text.numpy() for text in texts], [text.numpy() for text in texts], [0, 1, 2]).to(DEVICE)
     asked = Counter()
     apply = Products.apply
 
@@ -218,19 +224,20 @@ def test_a_model_trains_through_the_kernels_as_through_their_twins(monkeypatch):
     monkeypatch.setattr(Products, "apply", noted)
 
     def gradients():
-        model = Transformer(SHAPE, torch.Generator().manual_seed(0), "scaled")
+        model = Transformer(SHAPE, torch.Generator().manual_seed(0), "scaled").to(DEVICE)
         sum(Losses(model)(batch, True, True)).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
+    monkeypatch.setattr(linear, "has_kernels", lambda device: False)
     right = gradients()
     assert not asked
     monkeypatch.setattr(linear, "has_kernels", lambda device: True)
     found = gradients()
     assert asked == {"plain": 2, "norm": 1, "geglu": 1}  # the embedding has its own norm; attention comes before its Wo
-    assert all(sqnr_db(right[name], found[name]) > 50 for name in right)
+    assert all(sqnr_db(right[name], found[name]) > (50 if INTERPRETED else 40) for name in right)
     asked.clear()
     with torch.no_grad():
-        Transformer(replace(SHAPE, dropout=0.5), torch.Generator().manual_seed(0))(batch)
+        Transformer(replace(SHAPE, dropout=0.5), torch.Generator().manual_seed(0)).to(DEVICE)(batch)
     assert asked == {"plain": 3, "norm": 1}
 
 
@@ -238,11 +245,11 @@ def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(monkeypatch):
     monkeypatch.setattr(linear, "has_kernels", lambda device: True)
     asked = []
     monkeypatch.setattr(kernels, "quantise", lambda *a, turned: asked.append(turned) or quantise(*a, turned=turned))
-    layer = linear.Linear(32, 32, True, "fp8-blockwise")
+    layer, x = linear.Linear(32, 32, True, "fp8-blockwise").to(DEVICE), torch.randn(2, 3, 32).to(DEVICE)
     with torch.no_grad():
-        layer(torch.randn(2, 3, 32))
+        layer(x)
     assert asked == [False, False]
-    layer(torch.randn(2, 3, 32)).sum().backward()
+    layer(x).sum().backward()
     assert asked[2:] == [True, False, True]  # inputs; weights, as no gradient of inputs is asked for; gradients
     assert linear.after_norm(nn.Identity(), nn.Linear(4, 4), torch.ones(1, 4)).shape == (1, 4)
 

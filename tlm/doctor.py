@@ -88,6 +88,8 @@ def versions(runs: Path) -> list[Check]:
         Check(section, "tlm", "ok", __version__),
         Check(section, "python", "ok", platform.python_version()),
     ]
+    if version("tlm") is None:  # a bare checkout on the path
+        return [*checks, Check(section, "packages", "broken", "tlm is not installed", "pip install -c constraints.txt -e .")]
     for line in importlib.metadata.requires("tlm") or ():
         requirement = Requirement(line)
         found = version(requirement.name)

@@ -10,6 +10,7 @@ import importlib.util
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,19 +125,21 @@ def linears(N: int, K: int, O: int, device: torch.device) -> tuple[dict[str, Con
 
         found[f"ours {name}"] = lambda ours=ours: trained(ours, *leaves)
         if importlib.util.find_spec("torchao") and device.type == "cuda" and name != "fp8-blockwise":
-            theirs = by_torchao(w, name.removeprefix("fp8-"))
+            theirs = by_torchao(w, name.removeprefix("fp8-"), padded=N % 16 > 0)
             found[f"torchao {name}"] = lambda theirs=theirs: trained(lambda x, _: theirs(x), leaves[0], theirs.weight)
     right = trained(nn.functional.linear, x.double().requires_grad_(), w.double().requires_grad_())
     return found, right
 
 
-def by_torchao(w: torch.Tensor, recipe: str) -> nn.Module:
-    """Its Linear, compiled, as its makers advise."""
+def by_torchao(w: torch.Tensor, recipe: str, padded: bool) -> nn.Module:
+    """Its Linear, compiled for this shape, as its makers advise; `padded` where the rows are no multiple of 16."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     linear = nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=torch.bfloat16)
     linear.weight.data.copy_(w)
     holder = nn.Sequential(linear)
-    convert_to_float8_training(holder, config=Float8LinearConfig.from_recipe_name(recipe))
-    holder[0].compile()
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), pad_inner_dim=padded)
+    convert_to_float8_training(holder, config=config)
+    torch.compiler.reset()
+    holder[0].compile(dynamic=False)
     return holder[0]

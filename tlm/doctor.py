@@ -89,7 +89,10 @@ def versions(runs: Path) -> list[Check]:
         Check(section, "python", "ok", platform.python_version()),
     ]
     if version("tlm") is None:  # a bare checkout on the path
-        return [*checks, Check(section, "packages", "broken", "tlm is not installed", "pip install -c constraints.txt -e .")]
+        return [
+            *checks,
+            Check(section, "packages", "broken", "tlm is not installed", "pip install -c constraints.txt -e ."),
+        ]
     for line in importlib.metadata.requires("tlm") or ():
         requirement = Requirement(line)
         found = version(requirement.name)
@@ -256,8 +259,8 @@ def precisions(runs: Path) -> list[Check]:
                 continue
             value = "works" if name == "fp32" else f"works at {ratio:.2g} x the speed of fp32"
             mend = "slow here: good for numerics, not for training" if ratio < 0.8 else ""
-            if ratio > 1.5:
-                mend = f"precision={name} may train faster here"
+            if ratio > 1.5 and name != "fp16":
+                mend = f"precision={'fp8-rowwise' if name == 'fp8' else name} may train faster here"
             checks.append(Check(section, f"{device} {name}", "ok", value, mend))
     if "cuda" not in devices:
         built = "this torch is built without CUDA" if torch.version.cuda is None else "no device answers"

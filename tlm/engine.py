@@ -4,6 +4,7 @@ ZeRO, clipping, accumulation, offload and the reduction over processes are DeepS
 configuration as they are.
 """
 
+import atexit
 import contextlib
 import difflib
 import io
@@ -117,7 +118,12 @@ def launch(device: torch.device = ALONE.device, timeout_minutes: float = 30.0) -
         patience, c10d = timedelta(minutes=timeout_minutes), torch.distributed.distributed_c10d
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience  # of the groups that DeepSpeed makes, too
         store, rank, size = meeting_place(patience)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        own = device if device.type == "cuda" else None
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=own
+        )
+        if own:
+            atexit.register(torch.distributed.destroy_process_group)  # NCCL complains of those that are left
         with quiet():
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     return World(comm.get_rank(), comm.get_world_size(), device)

@@ -25,7 +25,7 @@ RUN = [
     "model.hidden=128", "model.layers=2", "model.heads=2", "model.intermediate=192", "model.max_length=32",
     "tokenizer.vocabulary=400", "retrieval.k=20", "joint.steps=40", "joint.batch=8", "joint.eval_every=20",
     "finetune.steps=20", "finetune.batch=8", "finetune.eval_every=10", "threads=1", "boards=[]", "spike=log",
-    "joint.external_per_task=3", "model.dropout=0", "finetune_dropout=0",
+    "joint.external_per_task=3",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def runs(words):
         "compiled": ["device=cuda", "compile=true"],
         "cpu-adamw": ["device=cpu", "optimizer=adamw"],
         "adamw": ["device=cuda", "optimizer=adamw"],
-        "zero": ["device=cuda", "optimizer=adamw", "+deepspeed.zero_optimization.stage=2"],
+        "zero": ["device=cuda", "optimizer=adamw", "deepspeed.zero_optimization.stage=2"],
     } | {name: ["device=cuda", f"precision={name}"] for name in ("fp8-tensorwise", "fp8-rowwise", "fp8-blockwise")}
     done(begun(*words, "device=cpu", "run=cpu"))  # fills the cache
     running = {name: begun(*words, *more, f"run={name}") for name, more in asked.items() if name != "cpu"}
@@ -91,7 +91,8 @@ def test_losses_are_those_of_its_twin(runs, name, twin, within):
     found, right = losses(runs[name]), losses(runs[twin])
     assert len(found) == len(right) > 3
     assert np.abs(found[:3] - right[:3]).max() < within
-    assert summary(runs[name])["cost"]["flops"] == pytest.approx(summary(runs[twin])["cost"]["flops"], rel=1e-6)
+    if name != "checkpointing":  # which computes twice
+        assert summary(runs[name])["cost"]["flops"] == pytest.approx(summary(runs[twin])["cost"]["flops"], rel=1e-6)
 
 
 def test_killed_and_begun_again_it_ends_with_the_same_losses(words, runs):
@@ -134,7 +135,7 @@ def test_prompted_tasks_train_and_are_scored(pool_folder, tmp_path):
             done(begun("eval", run, *common, "categories=[riddles]", f"device={device}"))
             scores.append(json.loads((run / "zeroshot.json").read_text())["all"])
             (run / "zeroshot.json").unlink()
-        assert scores[0]["sum"]["accuracy"] == pytest.approx(scores[1]["sum"]["accuracy"], abs=0.05)
+        assert scores[0]["sum"]["normalised"] == pytest.approx(scores[1]["sum"]["normalised"], abs=0.05)
 
 
 def losses_of_prompts(folder):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tlm.lowbit.kernels.matmul import product
 from tlm.lowbit.kernels.quantise import Gated, Normed, Plain, quantise
-from tlm.lowbit.quantise import TINY, Quantised
+from tlm.lowbit.quantise import Quantised
 from tlm.lowbit.recipes import Recipe
 
 
@@ -24,10 +24,10 @@ class Products(torch.autograd.Function):
     def forward(ctx, kind: str, x, w_OK, norm_weight, eps: float, recipe: Recipe, odd: Counter, grad: bool):
         source = {"plain": Plain, "norm": lambda x: Normed.of(x, norm_weight, eps), "geglu": Gated}[kind](x)
         _, needs_x, needs_w, needs_norm, *_ = ctx.needs_input_grad
-        inputs, inputs_turned = quantise(source, recipe.inputs, turned=grad and needs_w)
-        weight, weight_turned = quantise(Plain(w_OK), recipe.weight, turned=grad and (needs_x or needs_norm))
-        count(odd, "input", inputs)
-        count(odd, "weight", weight)
+        inputs, inputs_turned = quantise(source, recipe.inputs, grad and needs_w, counters(odd, "input", x.device))
+        weight, weight_turned = quantise(
+            Plain(w_OK), recipe.weight, grad and (needs_x or needs_norm), counters(odd, "weight", x.device)
+        )
         kept = None if kind == "plain" else x
         stats = (source.mean, source.rstd) if kind == "norm" else (None, None)
         ctx.save_for_backward(*parts(inputs_turned), *parts(weight_turned), kept, norm_weight, *stats)
@@ -42,9 +42,9 @@ class Products(torch.autograd.Function):
     def backward(ctx, g_NO: torch.Tensor):
         x_values, x_scales, w_values, w_scales, x, norm_weight, mean, rstd = ctx.saved_tensors
         recipe, to_x, to_w, to_norm = ctx.recipe, None, None, None
-        g, g_turned = quantise(Plain(g_NO), recipe.gradient, turned=x_values is not None)
+        odd = None if w_values is None else counters(ctx.odd, "gradient", g_NO.device)
+        g, g_turned = quantise(Plain(g_NO), recipe.gradient, x_values is not None, odd)
         if w_values is not None:
-            count(ctx.odd, "gradient", g)
             to_x = product(g, Quantised(w_values, w_scales, recipe.weight.block), ctx.dtype)
         if x_values is not None:
             to_w = product(g_turned, Quantised(x_values, x_scales, recipe.inputs.block))
@@ -62,7 +62,10 @@ def parts(quantised: Quantised | None) -> tuple[torch.Tensor | None, torch.Tenso
     return (None, None) if quantised is None else (quantised.values, quantised.scales)
 
 
-def count(odd: Counter, operand: str, quantised: Quantised) -> None:
-    """Blocks that no scale fits, as sums on the GPU: to read them here would wait for it."""
-    odd[f"{operand} zero blocks"] += (quantised.scales == TINY).sum()
-    odd[f"{operand} blocks not finite"] += quantised.scales.isnan().sum()
+def counters(odd: Counter, operand: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of blocks that no scale fits, on the GPU: to read them here would wait for it."""
+    names = f"{operand} zero blocks", f"{operand} blocks not finite"
+    for name in names:
+        if name not in odd:
+            odd[name] = torch.zeros((), dtype=torch.int32, device=device)
+    return odd[names[0]], odd[names[1]]

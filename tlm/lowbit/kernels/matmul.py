@@ -27,7 +27,7 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype = torch.float32) -> t
         a.values, b.values, out, a.scales, b.scales, M, P, L, a.values.stride(0), b.values.stride(0), out.stride(0),
         *steps(a.scales, a.block), *steps(b.scales, b.block), a.block[0] or 1, b.block[0] or 1,
         blocks, L % PROMOTE == 0, tile_m, tile_p, PROMOTE,
-        num_warps=8, num_stages=3,
+        num_warps=8 if blocks else 4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -56,26 +56,28 @@ def scaled_matmul(
     along = tl.arange(0, TILE_L)
     in_m, in_p = m < M, p < P
 
-    a_at = a + m.to(tl.int64)[:, None] * a_step + along[None, :]
-    b_at = b + p.to(tl.int64)[None, :] * b_step + along[:, None]
+    # Rows beyond the last are those from the first on, which takes no mask; their products are not written.
+    a_at = a + (m % M).to(tl.int64)[:, None] * a_step + along[None, :]
+    b_at = b + (p % P).to(tl.int64)[None, :] * b_step + along[:, None]
     a_scale_at = a_scales + (m // A_ROWS) * a_scale_step_m
     b_scale_at = b_scales + (p // B_ROWS) * b_scale_step_p
     total = tl.zeros((TILE_M, TILE_P), tl.float32)
     for start in range(0, L, TILE_L):
         if EVEN:
-            left = tl.load(a_at, mask=in_m[:, None], other=0.0)
-            right = tl.load(b_at, mask=in_p[None, :], other=0.0)
+            left, right = tl.load(a_at), tl.load(b_at)
         else:
             in_l = along < L - start
-            left = tl.load(a_at, mask=in_m[:, None] & in_l[None, :], other=0.0)
-            right = tl.load(b_at, mask=in_l[:, None] & in_p[None, :], other=0.0)
-        part = tl.dot(left, right)
+            left = tl.load(a_at, mask=in_l[None, :], other=0.0)
+            right = tl.load(b_at, mask=in_l[:, None], other=0.0)
         if BLOCKS:  # one after the other: their product may be infinite where the result is not
+            part = tl.dot(left, right)
             part *= tl.load(a_scale_at, mask=in_m, other=0.0)[:, None]
             part *= tl.load(b_scale_at, mask=in_p, other=0.0)[None, :]
             a_scale_at += a_scale_step_l
             b_scale_at += b_scale_step_l
-        total += part
+            total += part
+        else:
+            total = tl.dot(left, right, total, max_num_imprecise_acc=TILE_L)
         a_at += TILE_L
         b_at += TILE_L
     if not BLOCKS:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from tlm.lowbit.kernels.rounding import NATIVE, magnitude, rounded, scale_of
+from tlm.lowbit.kernels.rounding import NATIVE, TINY, magnitude, rounded, scale_of
 from tlm.lowbit.quantise import E4M3, ROW, TENSOR, Cast, Quantised
 
 ACROSS, SQUARE = (1, 128), (128, 128)
@@ -81,8 +81,11 @@ class Gated:
 Source = Plain | Normed | Gated
 
 
-def quantise(source: Source, cast: Cast, turned: bool = False) -> tuple[Quantised, Quantised | None]:
-    """The numbers by `cast`; with `turned` their transpose by it, too."""
+def quantise(
+    source: Source, cast: Cast, turned: bool = False, odd: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[Quantised, Quantised | None]:
+    """The numbers by `cast`; with `turned` their transpose by it, too. `odd`: two int32 scalars, to which the numbers
+    of blocks of zeros and of blocks that are not finite are added."""
     (M, L), x = source.shape, source.x
     scale, form, tile = SCALES[cast.block], "e4m3" if cast.format is E4M3 else "e5m2", TILE[cast.block]
     values, scales = padded(M, L, x.device), empty_scales(M, L, cast.block, x.device)
@@ -94,12 +97,12 @@ def quantise(source: Source, cast: Cast, turned: bool = False) -> tuple[Quantise
     tiles = (triton.cdiv(M, tile), triton.cdiv(L, tile))
     rows, columns = scales, across_scales  # largest magnitudes, where a pass must find them first
     if scale in ("tensor", "row"):
-        rows, columns = (torch.zeros_like(s, dtype=torch.int32) for s in (scales, across_scales))
+        rows, columns = torch.zeros(2, max(M, L) if scale == "row" else 1, dtype=torch.int32, device=x.device)
         find_largest[tiles](*read, rows, columns, source.kind, scale, turned, tile, num_warps=4)
     quantise_tile[tiles](
         *read, rows, columns, values, values.stride(0), scales, *steps(scales, cast.block),
-        across_values, across_values.stride(0), across_scales, *steps(across_scales, cast.block),
-        source.kind, scale, form, turned, tile, NATIVE, num_warps=tile // 16,
+        across_values, across_values.stride(0), across_scales, *steps(across_scales, cast.block), *(odd or (rows, rows)),
+        source.kind, scale, form, turned, odd is not None, tile, NATIVE, num_warps=tile // 16,
     )  # fmt: skip
     done = Quantised(values.view(cast.format.dtype), scales, cast.block)
     return done, Quantised(across_values.view(cast.format.dtype), across_scales, cast.block) if turned else None
@@ -137,6 +140,13 @@ def read_tile(x, weight, mean, rstd, row, col, M, L, step_m, step_l, SOURCE: tl.
 
 
 @triton.jit
+def count(scale, ours, zeros, infinite):
+    """Adds to both numbers, which is seldom needed."""
+    tl.atomic_add(zeros + scale.to(tl.int32) * 0, 1, mask=ours & (scale == TINY), sem="relaxed")
+    tl.atomic_add(infinite + scale.to(tl.int32) * 0, 1, mask=ours & (scale != scale), sem="relaxed")
+
+
+@triton.jit
 def statistics(x, mean, rstd, L, step_m, step_l, eps, BLOCK: tl.constexpr):
     """Mean and 1 / standard deviation of each row."""
     row, col = tl.program_id(0), tl.arange(0, BLOCK)
@@ -167,9 +177,9 @@ def find_largest(
 def quantise_tile(
     x, weight, mean, rstd, M, L, step_m, step_l, rows, columns,
     values, values_step, scales, scales_step_m, scales_step_l,
-    across_values, across_step, across_scales, across_step_l, across_step_m,
-    SOURCE: tl.constexpr, SCALE: tl.constexpr, FORMAT: tl.constexpr, TURNED: tl.constexpr, TILE: tl.constexpr,
-    NATIVE: tl.constexpr,
+    across_values, across_step, across_scales, across_step_l, across_step_m, zeros, infinite,
+    SOURCE: tl.constexpr, SCALE: tl.constexpr, FORMAT: tl.constexpr, TURNED: tl.constexpr, COUNTED: tl.constexpr,
+    TILE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_l = tl.program_id(0), tl.program_id(1)
     row, col = tile_m * TILE + tl.arange(0, TILE), tile_l * TILE + tl.arange(0, TILE)
@@ -179,16 +189,24 @@ def quantise_tile(
     if SCALE == "tensor":
         scale = scale_of(tl.load(rows), FORMAT)
         tl.store(scales, scale)
+        if COUNTED:
+            count(scale, (tile_m == 0) & (tile_l == 0), zeros, infinite)
     elif SCALE == "row":
         scale = scale_of(tl.load(rows + row, mask=in_m, other=0), FORMAT)
         if tile_l == 0:
             tl.store(scales + row * scales_step_m, scale, mask=in_m)
+        if COUNTED:
+            count(scale, in_m & (tile_l == 0), zeros, infinite)
     elif SCALE == "across":
         scale = scale_of(tl.max(magnitude(y), 1), FORMAT)
         tl.store(scales + row * scales_step_m + tile_l * scales_step_l, scale, mask=in_m)
+        if COUNTED:
+            count(scale, in_m, zeros, infinite)
     else:
         scale = scale_of(tl.max(tl.max(magnitude(y), 1), 0), FORMAT)
         tl.store(scales + tile_m * scales_step_m + tile_l * scales_step_l, scale)
+        if COUNTED:
+            count(scale, tile_m >= 0, zeros, infinite)
     if SCALE == "row" or SCALE == "across":
         bits = rounded(tl.div_rn(y, tl.broadcast_to(scale[:, None], (TILE, TILE))), FORMAT, NATIVE)
     else:

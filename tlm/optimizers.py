@@ -30,7 +30,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     flat = wide.reshape(-1, *wide.shape[-2:])
     flat = flat / (flat.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     iterate = by_gram if is_wide(*wide.shape[-2:]) else by_matrix
-    blocks = flat.split(max(1, CACHED // flat[0].numel()))  # all steps of what fits into the cache, then the next
+    at_once = len(flat) if flat.is_cuda else max(1, CACHED // flat[0].numel())
+    blocks = flat.split(at_once)  # on a CPU all steps of what fits into the cache, then the next
     x = torch.cat([iterate(block, steps) for block in blocks]).view(wide.shape)
     return x.mT if tall else x
 

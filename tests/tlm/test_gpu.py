@@ -99,7 +99,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_losses(words, runs):
     process = begun(*words, "device=cuda", "checkpoint_seconds=0", "run=killed", "joint.steps=400")
     folder = runs["cpu"].removesuffix("cpu") + "killed"
     for _ in range(1200):
-        if os.path.exists(f"{folder}/metrics.jsonl") and len(open(f"{folder}/metrics.jsonl").readlines()) >= 4:
+        if os.path.exists(f"{folder}/metrics.jsonl") and len(losses(folder)) >= 4:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -1,5 +1,5 @@
-"""The GPU's kernels against their torch twins: carried out by Triton's interpreter, and compiled ahead of time; or, with
-TRITON_INTERPRET=0, on a GPU."""
+"""The GPU's kernels against their torch twins: carried out by Triton's interpreter, and compiled ahead of time; or on a
+GPU, with TRITON_INTERPRET=0."""
 
 import itertools
 import json

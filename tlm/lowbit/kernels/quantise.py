@@ -101,8 +101,8 @@ def quantise(
         find_largest[tiles](*read, rows, columns, source.kind, scale, turned, tile, num_warps=4)
     quantise_tile[tiles](
         *read, rows, columns, values, values.stride(0), scales, *steps(scales, cast.block),
-        across_values, across_values.stride(0), across_scales, *steps(across_scales, cast.block), *(odd or (rows, rows)),
-        source.kind, scale, form, turned, odd is not None, tile, NATIVE, num_warps=tile // 16,
+        across_values, across_values.stride(0), across_scales, *steps(across_scales, cast.block),
+        *(odd or (rows, rows)), source.kind, scale, form, turned, odd is not None, tile, NATIVE, num_warps=tile // 16,
     )  # fmt: skip
     done = Quantised(values.view(cast.format.dtype), scales, cast.block)
     return done, Quantised(across_values.view(cast.format.dtype), across_scales, cast.block) if turned else None

@@ -19,7 +19,7 @@ from tlm.batches import pack
 from tlm.benches import gpu_kernels
 from tlm.cli import main
 from tlm.lowbit import linear
-from tlm.lowbit.quantise import E4M3, E5M2, ROW, TENSOR, Cast, Quantised
+from tlm.lowbit.quantise import E4M3, E5M2, ROW, TENSOR, TINY, Cast, Quantised
 from tlm.lowbit.recipes import RECIPES
 from tlm.lowbit.sqnr import operands, sqnr_db
 from tlm.model import ModelShape, Transformer
@@ -99,11 +99,12 @@ def test_rounding_is_torchs_for_every_bfloat16_and_beside_every_middle(name):
 # --- quantise -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "block"), itertools.product(FORMATS, BLOCKS))
-def test_values_and_those_of_the_transpose_to_the_bit(form, block):
-    """Odd shapes; a row and a column of zeros, infinity, NaN and numbers too small for a scale."""
+@pytest.mark.parametrize(("form", "block", "shape"), itertools.product(FORMATS, BLOCKS, [(70, 131), (96, 144)]))
+def test_values_and_those_of_the_transpose_to_the_bit(form, block, shape):
+    """Odd shapes and multiples of 16, for which other code is compiled; a row and a column of zeros, infinity, NaN and
+    numbers too small for a scale."""
     cast = Cast(FORMATS[form], BLOCKS[block])
-    x = numbers(70, 131)
+    x = numbers(*shape)
     x[3], x[:, 5], x[7, 9:], x[9] = 0, 0, -0.0, 1e-41
     if block != "tensor":
         x[11, 13], x[69, 130] = torch.inf, torch.nan
@@ -120,6 +121,17 @@ def test_any_strides_and_bfloat16():
         same(found, cast, view)
         same(turned, cast, view.T)
         assert found.values.stride(0) % 16 == turned.values.stride(0) % 16 == 0
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_that_no_scale_fits_are_counted_once(block):
+    x = numbers(300, 260)
+    x[:140], x[:3, :2], x[299, 259], x[145] = 0, 1, torch.nan, 1e-41
+    odd = tuple(torch.full((), 5, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    scales = quantise(Plain(x), Cast(E4M3, BLOCKS[block]), True, odd)[0].scales
+    assert [int(number) - 5 for number in odd] == [int((scales == TINY).sum()), int(scales.isnan().sum())]
+    assert int(odd[1]) > 5
+    assert block == "tensor" or int(odd[0]) > 5
 
 
 @pytest.mark.parametrize("what", [torch.inf, torch.nan])
@@ -278,6 +290,10 @@ def test_the_bench_takes_turns_among_contestants_that_compute_the_same():
     assert rows["linear", "ours fp8-rowwise", "speed"] == pytest.approx(6 * 16 * 32 * 48 / 1e12)
     assert [turns[11], *turns[6:11]] == turns[:6]  # the second round begins with the second contestant
     assert len(turns) == 2 * (6 + 4)
+
+
+def test_a_broken_result_is_not_passed_over():
+    assert gpu_kernels.least([28.5, float("nan"), 24.6]) != gpu_kernels.least([28.5, 24.6]) == 24.6
 
 
 @pytest.mark.parametrize("shape", ["8192x4096", "8x0x4", "axbxc"])

@@ -9,10 +9,11 @@ import functools
 import importlib.util
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,9 +60,8 @@ def of_case(name: str, kind: str, sizes: tuple, rounds: int, device: torch.devic
     contestants, right = {"product": products, "linear": linears}[kind](*sizes, device)
     flops = 2 * sizes[0] * sizes[1] * sizes[2] * len(right)
     names, took = list(contestants), {engine: [] for engine in contestants}
-    errors = {
-        engine: min(sqnr_db(a, b) for a, b in zip(right, run(), strict=True)) for engine, run in contestants.items()
-    }
+    errors = {engine: least(sqnr_db(a, b) for a, b in zip(right, run(), strict=True))
+              for engine, run in contestants.items()}  # fmt: skip
     for _ in range(rounds):
         for engine in names:
             took[engine].append(clock(contestants[engine]))
@@ -72,6 +72,11 @@ def of_case(name: str, kind: str, sizes: tuple, rounds: int, device: torch.devic
         rows.append(row("gpu-kernels", name, engine, "speed", speed, "TFLOP/s", rounds))
         rows.append(row("gpu-kernels", name, engine, "least SQNR", errors[engine], "dB", rounds))
     return rows
+
+
+def least(numbers: Iterable[float]) -> float:
+    """The smallest; NaN where one of them is, which `min` may pass over."""
+    return float(np.min(list(numbers)))
 
 
 def seconds_on_gpu(run: Contestant, repeats: int = 10) -> float:

@@ -142,8 +142,9 @@ def read_tile(x, weight, mean, rstd, row, col, M, L, step_m, step_l, SOURCE: tl.
 @triton.jit
 def count(scale, ours, zeros, infinite):
     """Adds to both numbers, which is seldom needed."""
-    tl.atomic_add(zeros + scale.to(tl.int32) * 0, 1, mask=ours & (scale == TINY), sem="relaxed")
-    tl.atomic_add(infinite + scale.to(tl.int32) * 0, 1, mask=ours & (scale != scale), sem="relaxed")
+    none = (scale == TINY).to(tl.int32) * 0
+    tl.atomic_add(zeros + none, 1, mask=ours & (scale == TINY), sem="relaxed")
+    tl.atomic_add(infinite + none, 1, mask=ours & (scale != scale), sem="relaxed")
 
 
 @triton.jit
@@ -215,18 +216,22 @@ def quantise_tile(
     tl.store(values + row.to(tl.int64)[:, None] * values_step + col[None, :], bits, mask=inside)
 
     if TURNED:
+        # Rounded anew, also where the scale is the same: given one rounding for both, ptxas 12.8 stored bytes of the
+        # float32 quotient here (Triton 3.6, an H200, sides that are multiples of 16). Hence a scale from other reads.
         if SCALE == "tensor":
-            tl.store(across_scales, scale)
-        elif SCALE == "square":
+            scale = scale_of(tl.load(rows + 0 * col), FORMAT)
+            tl.store(across_scales + 0 * col, scale)
+        elif SCALE == "row":
+            scale = scale_of(tl.load(columns + col, mask=in_l, other=0), FORMAT)
+            if tile_m == 0:
+                tl.store(across_scales + col * across_step_l, scale, mask=in_l)
+        elif SCALE == "across":
+            scale = scale_of(tl.max(magnitude(y), 0), FORMAT)
+            tl.store(across_scales + col * across_step_l + tile_m * across_step_m, scale, mask=in_l)
+        else:
+            scale = scale_of(tl.max(tl.max(magnitude(y), 0), 0), FORMAT)
             tl.store(across_scales + tile_m * across_step_m + tile_l * across_step_l, scale)
-        else:  # the blocks of the transpose are others
-            if SCALE == "row":
-                scale = scale_of(tl.load(columns + col, mask=in_l, other=0), FORMAT)
-                if tile_m == 0:
-                    tl.store(across_scales + col * across_step_l, scale, mask=in_l)
-            else:
-                scale = scale_of(tl.max(magnitude(y), 0), FORMAT)
-                tl.store(across_scales + col * across_step_l + tile_m * across_step_m, scale, mask=in_l)
-            bits = rounded(tl.div_rn(y, tl.broadcast_to(scale[None, :], (TILE, TILE))), FORMAT, NATIVE)
+            scale = tl.full((TILE,), scale, tl.float32)
+        bits = rounded(tl.div_rn(y, tl.broadcast_to(scale[None, :], (TILE, TILE))), FORMAT, NATIVE)
         at = across_values + col.to(tl.int64)[:, None] * across_step + row[None, :]
         tl.store(at, tl.trans(bits), mask=in_l[:, None] & in_m[None, :])

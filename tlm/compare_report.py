@@ -195,15 +195,32 @@ def sentence(d: Difference, found: Findings) -> str:
 
 
 def ratio_sentence(decisions: Sequence[Decision]) -> str:
-    """FLOPs until the rival's dev score, over the tasks."""
-    reached = [d.ratio for d in decisions if d.ratio]
+    """FLOPs until the rival's dev score, over the tasks; and how much of the rival's own that score had needed."""
+    reached = [d for d in decisions if d.ratio]
     rival, of = name(decisions[0].rival), f" on {len(reached)} of {len(decisions)} tasks" if len(decisions) > 1 else ""
     if not reached:
         return f"{name(decisions[0].arm)} never reached the dev score of {rival}."
-    mean = math.exp(fmean(map(math.log, reached)))
-    times = f"1/{mean:,.3g} of" if mean >= 1 else f"{1 / mean:,.3g} times"
     many = " (geometric mean)" if len(reached) > 1 else ""
-    return f"{name(decisions[0].arm)} reached the last dev score of {rival}{of} with {times} the FLOPs{many}."
+    told = (
+        f"{name(decisions[0].arm)} reached the last dev score of {rival}{of} with "
+        f"{share([d.ratio for d in reached])} the FLOPs{many}."
+    )
+    if all(d.rival_flat == d.rival_flops for d in reached):
+        return told
+    return (
+        f"{told} Of its own checkpoints {rival} had that score, within a standard deviation over seeds, from "
+        f"{share([d.rival_flops / d.rival_flat for d in reached])} its FLOPs on, or from fewer, if the first was that "
+        f"good; {name(decisions[0].arm)} took {share([d.rival_flat / d.to_rival for d in reached])} these."
+    )
+
+
+def share(times: Sequence[float]) -> str:
+    mean = geometric(times)
+    return f"1/{mean:,.3g} of" if mean >= 1 else f"{1 / mean:,.3g} times"
+
+
+def geometric(numbers: Sequence[float]) -> float:
+    return math.exp(fmean(map(math.log, numbers)))
 
 
 def failures(found: Findings) -> list[str]:

@@ -221,6 +221,8 @@ class Decision:
     flops: float  # of a run
     to_rival: float | None  # until its dev score reached the rival's last one
     ratio: float | None  # the rival's FLOPs over these
+    rival_flops: float
+    rival_flat: float  # of the rival, from which on its dev score is within a standard deviation of its last one
     rival_to_arm: float | None  # of the rival, until its dev score was the arm's
     rival_ratio: float | None  # these over the arm's
     rival_at_equal: float | None  # the rival's dev score at the arm's FLOPs
@@ -240,6 +242,8 @@ def decide(result: Result, rival: Result) -> Decision:
         flops=result.flops,
         to_rival=to_rival,
         ratio=rival.flops / to_rival if to_rival else None,
+        rival_flops=rival.flops,
+        rival_flat=flat_from(rival.curve),
         rival_to_arm=rival_to_arm,
         rival_ratio=rival_to_arm / result.flops if rival_to_arm else None,
         rival_at_equal=score_at(rival.curve, result.flops),
@@ -252,6 +256,11 @@ def decide(result: Result, rival: Result) -> Decision:
             rival.own["flops"] + rival.tuning["flops"],
         ),
     )
+
+
+def flat_from(curve: Sequence[Point]) -> float:
+    """FLOPs of the first point that is as good as the last, but for the last one's spread over seeds."""
+    return next(p.flops for p in curve if p.score >= curve[-1].score - curve[-1].spread)
 
 
 def break_even(pretraining: float, a_task: float, finetuning: float = 0.0) -> float:

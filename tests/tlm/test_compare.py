@@ -17,11 +17,12 @@ from tasks.metrics import METRICS
 from tlm import compare, compare_report, curves, evaluate, jobs
 from tlm.cli import main
 from tlm.compare import open_study, parse_arm
+from tlm.compare_report import ratio_sentence
 from tlm.config import CompareConfig, TrainConfig, load, validate
 from tlm.ledger import Ledger
 from tlm.prepare import open_task
 from tlm.run import Run, write_json, write_text
-from tlm.versus import Point, best_so_far, break_even, flops_to, mean_curve, score_at
+from tlm.versus import Decision, Point, best_so_far, break_even, flat_from, flops_to, mean_curve, score_at
 
 SMALL = [
     "model.hidden=32", "model.layers=2", "model.heads=2", "model.intermediate=48", "model.max_length=32",
@@ -384,6 +385,21 @@ def test_break_even_is_where_both_ways_cost_the_same():
     assert break_even(1e15, 1e12, 2e12) == math.inf
 
 
+def test_the_verdict_says_how_much_of_its_pretraining_the_rival_had_needed():
+    def decision(flat):
+        return Decision(
+            arm="tlm", rival="pt-ft", task="t", flops=2e12, to_rival=1e12, ratio=100.0, rival_flops=1e14,
+            rival_flat=flat, rival_to_arm=None, rival_ratio=None, rival_at_equal=None, score=0.7, rival_score=0.7,
+            break_even=9.0, break_even_tuned=9.0,
+        )  # fmt: skip
+
+    assert ratio_sentence([decision(1e14)]).endswith("with 1/100 of the FLOPs.")
+    both = ratio_sentence([decision(1e13), decision(4e13)])
+    assert "on 2 of 2 tasks with 1/100 of the FLOPs (geometric mean). " in both
+    assert "from 1/5 of its FLOPs on" in both
+    assert both.endswith("TLM took 1/20 of these.")
+
+
 def test_the_curve_is_read_by_the_logarithm_of_flops():
     curve = [Point(1e10, 0.4, 0.0), Point(1e12, 0.8, 0.0)]
     assert score_at(curve, 1e11) == pytest.approx(0.6)
@@ -392,6 +408,8 @@ def test_the_curve_is_read_by_the_logarithm_of_flops():
     assert flops_to(curve, 0.6) == pytest.approx(1e11)
     assert flops_to(curve, 0.3) == 1e10
     assert flops_to(curve, 0.9) is None
+    assert flat_from([Point(1e9, 0.5, 0), Point(1e10, 0.58, 0), Point(1e11, 0.6, 0.03)]) == 1e10
+    assert flat_from([Point(1e9, 0.5, 0.2), Point(1e11, 0.6, 0)]) == 1e11
     assert flops_to([Point(1e9, 0.5, 0), Point(1e10, 0.4, 0), Point(1e11, 0.6, 0)], 0.5) == 1e9
     mean = mean_curve([curve, [Point(1e12, 0.2, 0.3), Point(1e14, 0.4, 0.3), Point(1e15, 1, 0)]])
     assert [p.flops for p in mean] == pytest.approx([1e11, 1e13])

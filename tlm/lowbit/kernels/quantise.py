@@ -217,7 +217,7 @@ def quantise_tile(
 
     if TURNED:
         # Rounded anew, also where the scale is the same: given one rounding for both, ptxas 12.8 stored bytes of the
-        # float32 quotient here (Triton 3.6, an H200, sides that are multiples of 16). Hence a scale from other reads.
+        # float32 quotient here (Triton 3.6, an H200, columns a multiple of 16). Hence a scale from other reads.
         if SCALE == "tensor":
             scale = scale_of(tl.load(rows + 0 * col), FORMAT)
             tl.store(across_scales + 0 * col, scale)

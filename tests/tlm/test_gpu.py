@@ -72,9 +72,7 @@ def runs(words):
 
 def losses(folder):
     with open(f"{folder}/metrics.jsonl") as file:
-        records = [json.loads(line) for line in file]
-    return np.array([[r[k] for k in ("mlm_loss", "task_loss") if r.get(k) is not None][:1] for r in records
-                     if "mlm_loss" in r or "task_loss" in r]).ravel()  # fmt: skip
+        return np.array([record["loss"] for record in map(json.loads, file) if record["kind"] == "train"])
 
 
 def summary(folder):
@@ -128,7 +126,7 @@ def test_prompted_tasks_train_and_are_scored(pool_folder, tmp_path):
         for device in ("cpu", "cuda"):
             done(begun("pretrain", *common, f"out={tmp_path}", *PRETRAIN, f"attention={attends}", f"device={device}",
                        "pool.soft=2", f"run={attends}-{device}"))  # fmt: skip
-        found, right = (losses_of_prompts(tmp_path / f"{attends}-{device}") for device in ("cuda", "cpu"))
+        found, right = (losses(tmp_path / f"{attends}-{device}") for device in ("cuda", "cpu"))
         np.testing.assert_allclose(found, right, rtol=0.02)
         run, scores = tmp_path / f"{attends}-cpu", []
         for device in ("cpu", "cuda"):
@@ -136,11 +134,6 @@ def test_prompted_tasks_train_and_are_scored(pool_folder, tmp_path):
             scores.append(json.loads((run / "zeroshot.json").read_text())["all"])
             (run / "zeroshot.json").unlink()
         assert scores[0]["sum"]["normalised"] == pytest.approx(scores[1]["sum"]["normalised"], abs=0.05)
-
-
-def losses_of_prompts(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if record.get("loss") is not None]
 
 
 @pytest.mark.parametrize("lengths", [(9, 4, 7, 7, 12), (1, 1), (300,), (64,) * 40])

@@ -123,10 +123,16 @@ def launch(device: torch.device = ALONE.device, timeout_minutes: float = 30.0) -
             backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=own
         )
         if own:
-            atexit.register(torch.distributed.destroy_process_group)  # NCCL complains of those that are left
+            atexit.register(leave)
         with quiet():
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     return World(comm.get_rank(), comm.get_world_size(), device)
+
+
+def leave() -> None:
+    """NCCL complains of a process group that is left as it is."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def meeting_place(patience: timedelta) -> tuple[torch.distributed.Store, int, int]:

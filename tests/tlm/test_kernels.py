@@ -127,7 +127,7 @@ def test_any_strides_and_bfloat16():
 def test_blocks_that_no_scale_fits_are_counted_once(block):
     x = numbers(300, 260)
     x[:140], x[:3, :2], x[299, 259], x[145] = 0, 1, torch.nan, 1e-41
-    odd = tuple(torch.full((), 5, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    odd = tuple(torch.full((), 5, dtype=torch.int64, device=DEVICE) for _ in range(2))
     scales = quantise(Plain(x), Cast(E4M3, BLOCKS[block]), True, odd)[0].scales
     assert [int(number) - 5 for number in odd] == [int((scales == TINY).sum()), int(scales.isnan().sum())]
     assert int(odd[1]) > 5

@@ -67,5 +67,5 @@ def counters(odd: Counter, operand: str, device: torch.device) -> tuple[torch.Te
     names = f"{operand} zero blocks", f"{operand} blocks not finite"
     for name in names:
         if name not in odd:
-            odd[name] = torch.zeros((), dtype=torch.int32, device=device)
+            odd[name] = torch.zeros((), dtype=torch.int64, device=device)
     return odd[names[0]], odd[names[1]]

@@ -84,7 +84,7 @@ Source = Plain | Normed | Gated
 def quantise(
     source: Source, cast: Cast, turned: bool = False, odd: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[Quantised, Quantised | None]:
-    """The numbers by `cast`; with `turned` their transpose by it, too. `odd`: two int32 scalars, to which the numbers
+    """The numbers by `cast`; with `turned` their transpose by it, too. `odd`: two int64 scalars, to which the numbers
     of blocks of zeros and of blocks that are not finite are added."""
     (M, L), x = source.shape, source.x
     scale, form, tile = SCALES[cast.block], "e4m3" if cast.format is E4M3 else "e5m2", TILE[cast.block]

@@ -110,10 +110,10 @@ def cases(tokens: int = 4096, inputs: int = 1024, outputs: int = 3072) -> dict[s
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def three_products(name, tokens, inputs, outputs, dtype):
-        recipe = RECIPES[name]
-        x, x_turned = quantise(Plain(empty(tokens, inputs, dtype=dtype)), recipe.inputs, turned=True)
-        w, w_turned = quantise(Plain(empty(outputs, inputs)), recipe.weight, turned=True)
-        g, g_turned = quantise(Plain(empty(tokens, outputs, dtype=dtype)), recipe.gradient, turned=True)
+        recipe, odd = RECIPES[name], (empty(dtype=torch.int64), empty(dtype=torch.int64))
+        x, x_turned = quantise(Plain(empty(tokens, inputs, dtype=dtype)), recipe.inputs, True, odd)
+        w, w_turned = quantise(Plain(empty(outputs, inputs)), recipe.weight, True, odd)
+        g, g_turned = quantise(Plain(empty(tokens, outputs, dtype=dtype)), recipe.gradient, True, odd)
         product(x, w, dtype), product(g, w_turned, dtype), product(g_turned, x_turned)
 
     found = {}

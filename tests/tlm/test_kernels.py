@@ -59,6 +59,7 @@ def same(found: Quantised, cast: Cast, x: torch.Tensor) -> None:
     assert found.block == right.block
     assert found.values.device.type == found.scales.device.type == DEVICE.type
     assert torch.equal(found.values.view(torch.uint8).cpu(), right.values.view(torch.uint8))
+    assert torch.equal(found.scales.isnan().cpu(), right.scales.isnan())
     assert torch.equal(found.scales.cpu().nan_to_num(-1.0), right.scales.nan_to_num(-1.0))
 
 

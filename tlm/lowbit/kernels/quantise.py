@@ -190,24 +190,22 @@ def quantise_tile(
     if SCALE == "tensor":
         scale = scale_of(tl.load(rows), FORMAT)
         tl.store(scales, scale)
-        if COUNTED:
-            count(scale, (tile_m == 0) & (tile_l == 0), zeros, infinite)
+        ours = (tile_m == 0) & (tile_l == 0)
     elif SCALE == "row":
         scale = scale_of(tl.load(rows + row, mask=in_m, other=0), FORMAT)
         if tile_l == 0:
             tl.store(scales + row * scales_step_m, scale, mask=in_m)
-        if COUNTED:
-            count(scale, in_m & (tile_l == 0), zeros, infinite)
+        ours = in_m & (tile_l == 0)
     elif SCALE == "across":
         scale = scale_of(tl.max(magnitude(y), 1), FORMAT)
         tl.store(scales + row * scales_step_m + tile_l * scales_step_l, scale, mask=in_m)
-        if COUNTED:
-            count(scale, in_m, zeros, infinite)
+        ours = in_m
     else:
         scale = scale_of(tl.max(tl.max(magnitude(y), 1), 0), FORMAT)
         tl.store(scales + tile_m * scales_step_m + tile_l * scales_step_l, scale)
-        if COUNTED:
-            count(scale, tile_m >= 0, zeros, infinite)
+        ours = tile_m >= 0
+    if COUNTED:  # a block by one program alone
+        count(scale, ours, zeros, infinite)
     if SCALE == "row" or SCALE == "across":
         bits = rounded(tl.div_rn(y, tl.broadcast_to(scale[:, None], (TILE, TILE))), FORMAT, NATIVE)
     else:

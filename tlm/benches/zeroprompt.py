@@ -30,7 +30,7 @@ from tlm.tables import short
 
 FIXED = ("pool.path", "pool", "corpus", "run", "out", "cache", "seed", "threads", "budget")
 RESAMPLES = 10_000
-MOST_BARS = 8  # arms, above which there is but the table of categories
+MOST_BARS = 12  # arms, above which there is but the table of categories
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def picture(config: ZeropromptConfig, found: dict[str, dict]) -> bytes:
     def scores(axes, ink: Ink) -> None:
         means = np.array([100 * found[name]["all"]["mean"] for name in names])
         spread = np.array([[100 * x for x in found[name]["all"]["interval"]] for name in names]).T
-        axes.errorbar(range(len(names)), means, np.abs(spread - means), fmt="o-", color=ink.others[0], capsize=3)
+        axes.errorbar(range(len(names)), means, np.abs(spread - means), fmt="o", color=ink.others[0], capsize=3)
         axes.axhline(0, color=ink.line, linewidth=1)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         dress(axes, ink, f"{config.name}: points over chance", legend_size=9)

@@ -14,8 +14,8 @@ SMALL = (
     "[model.hidden=32,model.layers=2,model.heads=2,model.intermediate=48,model.max_length=48,tokenizer.vocabulary=320,"
     "joint.batch=6,joint.dev=20]"
 )
-ARMS = ["one pool.tasks=1", "all", "lm +corpus retrieval.selector=random share=0.5", "then init_from=@lm share=0.5",
-        "but-numbers without=numbers"]  # fmt: skip
+ARMS = ["one pool.tasks=1", "all", "wide model.hidden=64", "lm +corpus retrieval.selector=random share=0.5",
+        "then init_from=@lm share=0.5", "but-numbers without=numbers"]  # fmt: skip
 CONFIGS = Path(__file__).parents[2] / "configs" / "zeroprompt"
 
 
@@ -32,11 +32,19 @@ def ask(pool_folder, pool_cache, tiny_corpus, tmp_path):
 def test_arms_are_trained_and_scored_once(ask, tmp_path, jobs_here, capsys):
     assert main(ask(ARMS, "seeds=1", "jobs=1")) == 0
     found = read_json(tmp_path / "study" / "study.json")
-    assert list(found["scores"]) == ["one", "all", "then", "but-numbers"]  # what another starts from is no rival
+    assert list(found["scores"]) == [
+        "one",
+        "all",
+        "wide",
+        "then",
+        "but-numbers",
+    ]  # `lm`, where another starts, is no rival
     assert found["scores"]["one"]["trained_tasks"] == 1
     assert list(found["scores"]["all"]["by_category"]) == ["riddles"]
     assert list(found["scores"]["but-numbers"]["by_category"]) == ["numbers"]
     assert "beside_first" not in found["scores"]["one"]
+    assert set(found["learning"]) == {"all", "wide"}  # the same tasks
+    assert found["learning"]["all"]["goal"] == max(of["loss"] for of in found["learning"].values())
     (run,) = found["runs"]["all"]
     written = read_json(tmp_path / "study" / "all-0" / "zeroshot.json")
     assert run["tasks"] == {"hidden": pytest.approx(written["by_task"]["hidden"]["sum"]["normalised"], abs=1e-5)}
@@ -72,6 +80,26 @@ def test_the_difference_is_between_the_same_tasks():
     assert found["beside_first"]["mean"] == pytest.approx(0.2)
     assert found["beside_first"]["tasks"] == 1
     assert found["all"]["mean"] == pytest.approx(0.35)
+
+
+def test_flops_to_a_loss_by_hand():
+    def records(losses):
+        rows = []
+        for step, loss in enumerate(losses, 1):
+            rows += [{"kind": "dev", "loss": loss}, {"kind": "train", "loss": 9.0, "flops": 10.0**step}]
+        return rows
+
+    curves = {
+        "slow": zeroprompt.loss_curve([records([6.0, 5.0, 4.0]), records([6.0, 5.0, 4.0])]),
+        "fast": zeroprompt.loss_curve([records([5.0, 3.0, 3.5]), records([5.0, 3.0, 2.5])]),
+        "other": zeroprompt.loss_curve([records([1.0, 0.5])]),
+    }
+    found = zeroprompt.side_by_side(curves, {"slow": ("a",), "fast": ("a",), "other": ("b",)})
+    assert list(found) == ["slow", "fast"]  # the other has nothing to be compared with
+    assert found["slow"] == {"loss": 4.0, "goal": 4.0, "flops": pytest.approx(1e3), "ratio": 1.0}
+    assert found["fast"]["loss"] == pytest.approx(2.75)  # of 3.0 and 2.5, the least of each seed
+    assert found["fast"]["flops"] == pytest.approx(10**1.5)  # half of the way from 5 to 3, in the logarithm
+    assert found["fast"]["ratio"] == pytest.approx(10**1.5)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -6,13 +6,15 @@ arm's run of the same seed), `without=CATEGORY` (held out as well, and alone sco
 and some that it did not, are files in configs/zeroprompt/.
 
 A score is accuracy over chance, (accuracy - chance) / (1 - chance), in the mean over tasks; its interval, and that of
-the difference to the first arm, are of a bootstrap over tasks and seeds, both arms on the same tasks.
+the difference to the first arm, are of a bootstrap over tasks and seeds, both arms on the same tasks. Arms that train
+on the same tasks, told in the same tokens, as models of several sizes do, are also compared by the FLOPs in which they
+reach the loss on dev (of the tasks that train) that all of them reach.
 
 Runs are ordinary run folders, queued over processes of one thread: what has finished is never done again, and the same
 command goes on where it was stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,11 +24,12 @@ import numpy as np
 from tasks.errors import InputError
 from tasks.pool import Pool, open_pool
 from tlm.config import PretrainConfig, ZeropromptConfig, load
-from tlm.curves import LIGHT, Ink, dress, render
+from tlm.curves import LIGHT, Ink, dress, read_metrics, render
 from tlm.jobs import Planned, check_settings, planned, queue
 from tlm.progress import Progress
 from tlm.run import environment, read_json, write_bytes, write_json
 from tlm.tables import short
+from tlm.versus import Point, flops_to, training_curve
 
 FIXED = ("pool.path", "pool", "corpus", "run", "out", "cache", "seed", "threads", "budget")
 RESAMPLES = 10_000
@@ -95,15 +98,18 @@ def bench(config: ZeropromptConfig) -> int:
     results = {arm.name: [result(runs[arm.name, seed], config.rule) for seed in range(config.seeds)] for arm in shown}
     category_of = {name: task.category for name, task in pool.tasks.items()}
     found = {name: figures(results[name], results[shown[0].name], category_of) for name in results}
+    folders = {arm.name: [runs[arm.name, seed].folder for seed in range(config.seeds)] for arm in shown}
+    learning = side_by_side({name: loss_curve(map(read_metrics, of)) for name, of in folders.items()},
+                            {name: task_set(of) for name, of in folders.items()})  # fmt: skip
     summary = {
         "name": config.name, "budget": config.budget, "categories": config.categories, "limit": config.limit,
         "rule": config.rule, "settings": config.settings, "arms": list(config.arms), "machine": environment(),
         "code": sorted({str(read_json(run.folder / "env.json")["git_commit"]) for run in runs.values()}),
-        "scores": found, "runs": results,
+        "scores": found, "learning": learning, "runs": results,
     }  # fmt: skip
     write_json(folder / f"{config.name}.json", summary)
     write_bytes(folder / f"{config.name}.png", picture(config, found))
-    show(config, found)
+    show(config, found, learning)
     print(folder / f"{config.name}.json")
     return 0
 
@@ -195,6 +201,34 @@ def figures(runs: Sequence[dict], first: Sequence[dict], category_of: dict[str, 
     return found
 
 
+def task_set(folders: Sequence[Path]) -> tuple:
+    """What makes losses on dev comparable: by seed the tasks that train and the tokens that they are told in."""
+    tasks = [tuple(read_json(folder / "model" / "pool.json")["tasks"]) for folder in folders]
+    return tuple(tasks), tuple(read_json(folder / "summary.json").get("tokenizer_sha256") for folder in folders)
+
+
+def loss_curve(seeds: Iterable[Sequence[dict]]) -> list[Point]:
+    """Of the records of some seeds' metrics.jsonl: minus the least loss on dev so far, over FLOPs."""
+    dev = [[r | {"less": -r["loss"]} if r["kind"] == "dev" else r for r in records] for records in seeds]
+    return training_curve(dev, "less")
+
+
+def side_by_side(curves: dict[str, list[Point]], sets: dict[str, tuple]) -> dict[str, dict]:
+    """Of arms of the same set: the least loss of each, the least that all of them reach, the FLOPs until then, and the
+    ratio of the first arm's to these."""
+    found = {}
+    for same in sets.values():
+        names = [name for name, curve in curves.items() if sets[name] == same and len(curve) > 1]
+        if len(names) < 2 or names[0] in found:
+            continue
+        goal = min(curves[name][-1].score for name in names)
+        for name in names:
+            flops = flops_to(curves[name], goal)
+            first = found[names[0]]["flops"] if name != names[0] else flops
+            found[name] = {"loss": -curves[name][-1].score, "goal": -goal, "flops": flops, "ratio": first / flops}
+    return found
+
+
 def interval(scores_TS: np.ndarray) -> dict:
     """Mean of float64[tasks, seeds], and its 95% interval over both drawn again."""
     rng = np.random.default_rng(0)
@@ -241,7 +275,7 @@ def picture(config: ZeropromptConfig, found: dict[str, dict]) -> bytes:
     return render(drawings, LIGHT, width=5.5, height=max(4.0, 1.5 + 0.22 * len(names)))
 
 
-def show(config: ZeropromptConfig, found: dict[str, dict]) -> None:
+def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -253,6 +287,14 @@ def show(config: ZeropromptConfig, found: dict[str, dict]) -> None:
         table.add_row(name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"]), beside)
     table.caption = "points of (accuracy - chance) / (1 - chance), with 95% intervals over tasks and seeds"
     Console().print(table)
+    if learning:
+        table = Table(title="Loss on dev, of tasks that train", title_justify="left", box=None)
+        for head in ("arm", "at the end", "all reach", "in FLOPs", "ratio"):
+            table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+        for name, of in learning.items():
+            table.add_row(name, f"{of['loss']:.3f}", f"{of['goal']:.3f}", f"{of['flops']:.2e}", f"{of['ratio']:.2f}")
+        table.caption = "ratio: the FLOPs of the first arm of the same tasks over these"
+        Console().print(table)
 
 
 def points(of: dict, sign: str = "") -> str:

@@ -186,7 +186,10 @@ def refuse_heldout(pool: Pool, tasks: Iterable[PoolTask]) -> None:
 def refuse_generated(pool: Pool, tasks: Iterable[PoolTask]) -> None:
     """Raises InputError, with the names, if a task has no choices that could be scored."""
     if names := [task.name for task in tasks if task.format == "generate"]:
-        raise InputError(f"{pool.path}: no choices to score in {_some(names)}; score generated text, or leave them out")
+        raise InputError(
+            f"{pool.path}: no choices to score in {_some(names)}; set by=auto, which generates their answers, or leave "
+            "their categories out"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

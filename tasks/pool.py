@@ -183,15 +183,6 @@ def refuse_heldout(pool: Pool, tasks: Iterable[PoolTask]) -> None:
         raise InputError(f"{pool.path}: held-out categories never train: {named}; leave them out")
 
 
-def refuse_generated(pool: Pool, tasks: Iterable[PoolTask]) -> None:
-    """Raises InputError, with the names, if a task has no choices that could be scored."""
-    if names := [task.name for task in tasks if task.format == "generate"]:
-        raise InputError(
-            f"{pool.path}: no choices to score in {_some(names)}; set by=auto, which generates their answers, or leave "
-            "their categories out"
-        )
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -21,7 +21,7 @@ import torch
 
 from tasks.errors import InputError
 from tasks.metrics import GENERATED
-from tasks.pool import Instance, Pool, PoolTask, open_pool, refuse_generated
+from tasks.pool import Instance, Pool, PoolTask, open_pool
 from tasks.prompts import Prompted
 from tlm.batches import pack
 from tlm.config import EvalConfig
@@ -213,16 +213,15 @@ def evaluate_pool(names: Sequence[str], config: EvalConfig) -> int:
 
     pool = open_pool(config.pool)
     tasks = pool.select(config.categories)
-    if config.by == "choices":
-        refuse_generated(pool, tasks)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     runs, progress = [open_run(name) for name in names], Progress()
     for run in runs:
         if not config.seen:
             refuse_seen(run, pool, tasks)
-    if config.votes or not all(isinstance(run, Run) for run in runs):
-        if config.by == "generation" or config.twin:
-            raise InputError("by=generation, twin=: a bi-encoder, or votes=, only scores choices; leave them out")
+    only_choices = bool(config.votes) or not all(isinstance(run, Run) for run in runs)
+    if only_choices and (config.by == "generation" or config.twin):
+        raise InputError("by=generation, twin=: a bi-encoder, or votes=, only scores choices; leave them out")
+    if only_choices or config.by == "choices":
         tasks = with_choices(pool, tasks, config.categories, progress)
     sha256 = pool_sha256(pool)
     with progress.phase("pool"):

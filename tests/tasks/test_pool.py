@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import InputError
-from tasks.pool import Instance, open_pool, refuse_generated, refuse_heldout
+from tasks.pool import Instance, open_pool, refuse_heldout
 
 
 def task_line(name, category, format="choice", **more):
@@ -111,13 +111,6 @@ def test_other_categories_may_be_held_out(folder):
     assert (inputs, dropped) == (["Cats bark"], {"hidden": 1})  # its other training text stands in `seen`
     with pytest.raises(InputError, match=r"never train: reviews \(seen\)"):
         refuse_heldout(pool, pool.select(["reviews", "logic"]))
-
-
-def test_generated_answers_are_not_scored_as_choices(folder):
-    pool = open_pool(str(folder))
-    refuse_generated(pool, pool.select(["heldout"]))
-    with pytest.raises(InputError, match="no choices to score in shout"):
-        refuse_generated(pool, pool.tasks.values())
 
 
 def test_versions_follow_the_prompts(folder):

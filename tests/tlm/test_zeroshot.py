@@ -165,13 +165,27 @@ def test_a_run_is_scored_on_what_it_never_saw(pretrained, pool_folder, pool_cach
     assert "sum" not in again["all"]
 
 
+def test_tasks_without_choices_are_not_scored_by_them(pretrained, pool_folder, pool_cache, tmp_path, capsys):
+    settings = [f"cache={pool_cache}", "threads=1", "limit=2", "by=choices"]
+    assert main(["eval", str(pretrained), f"pool={pool_folder}", *settings]) == 0
+    assert "tasks without choices, which are left out: 1" in capsys.readouterr().err
+    assert json.loads((pretrained / "zeroshot.json").read_text())["by_task"].keys() == {"hidden"}
+    folder = shutil.copytree(pool_folder, tmp_path / "pool")  # where its category has no other task
+    tasks = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    for task in tasks:
+        task["category"] = "spelling" if task["task"] == "spell" else task["category"]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    splits = json.loads((folder / "splits.json").read_text())
+    (folder / "splits.json").write_text(json.dumps(splits | {"heldout_categories": ["riddles", "spelling"]}))
+    assert main(["eval", str(pretrained), f"pool={folder}", "categories=[spelling]", *settings]) == 2
+    assert "no task of spelling has choices" in capsys.readouterr().err
+
+
 def test_what_it_saw_is_refused(pretrained, pool_folder, pool_cache, tmp_path, capsys):
     settings = [f"pool={pool_folder}", f"cache={pool_cache}", "threads=1", "limit=2"]
     assert main(["eval", str(pretrained), *settings, "categories=[topics,riddles]"]) == 2
     assert "trained on topics" in capsys.readouterr().err
     assert main(["eval", str(pretrained), *settings, "categories=[topics]", "seen=true"]) == 0
-    assert main(["eval", str(pretrained), *settings, "by=choices"]) == 2
-    assert "no choices to score in spell" in capsys.readouterr().err
     other = shutil.copytree(pretrained, tmp_path / "other")
     (other / "model" / "pool.json").unlink()
     assert main(["eval", str(other), *settings]) == 2

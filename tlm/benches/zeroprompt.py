@@ -281,7 +281,7 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
 
     table = Table(title=f"{config.name}: {config.budget:g} FLOPs, {config.seeds} seeds", title_justify="left", box=None)
     for head in ("arm", "tasks", "examples", "over chance", "beside the first"):
-        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+        add_column(table, head)
     for name, of in found.items():
         beside = points(of["beside_first"], "+") if "beside_first" in of else "-"
         table.add_row(name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"]), beside)
@@ -290,11 +290,17 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
     if learning:
         table = Table(title="Loss on dev, of tasks that train", title_justify="left", box=None)
         for head in ("arm", "at the end", "all reach", "in FLOPs", "ratio"):
-            table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+            add_column(table, head)
         for name, of in learning.items():
             table.add_row(name, f"{of['loss']:.3f}", f"{of['goal']:.3f}", f"{of['flops']:.2e}", f"{of['ratio']:.2f}")
         table.caption = "ratio: the FLOPs of the first arm of the same tasks over these"
         Console().print(table)
+
+
+def add_column(table, head: str) -> None:
+    """Where a terminal is narrow, names of arms give way, figures do not."""
+    of_arms = head == "arm"
+    table.add_column(head, justify="left" if of_arms else "right", no_wrap=not of_arms, overflow="fold")
 
 
 def points(of: dict, sign: str = "") -> str:

@@ -5,11 +5,14 @@ byte of its text, or against its likelihood without a prompt (Brown et al. 2020,
 choices of an instance stand side by side behind one prompt, whose states are so computed once (Batch.answers);
 `each_alone` is the slow twin. Other tasks are answered by greedy generation.
 
-Accuracies are normalised to (accuracy - chance) / (1 - chance), so that tasks of any number of choices compare.
+Accuracies are normalised to (accuracy - chance) / (1 - chance), so that tasks of any number of choices compare. Where
+labels are uneven, a model that always says the same may be far above chance by it. `balanced`, the mean over labels of
+the share of each that is found (of tasks whose instances all have the same choices), is then at 0.
 Intervals are bootstrapped over tasks, and over instances in each, which is cautious (see statistics.py).
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -39,7 +42,16 @@ if TYPE_CHECKING:
     from tlm.biencoder import EncoderRun
 
 RULES = ("sum", "byte", "unconditional", "head")  # the last: that of a bi-encoder, alone
-ACCURACIES = (*RULES, "mean_prompt", "majority", "label_model", "own_prompt", "found_prompt")  # votes.py, search.py
+BALANCED = "balanced"  # by the first rule
+ACCURACIES = (
+    *RULES,
+    BALANCED,
+    "mean_prompt",
+    "majority",
+    "label_model",
+    "own_prompt",
+    "found_prompt",
+)  # votes.py, search.py
 RESAMPLES = 1000
 AT_A_TIME = 1000  # instances
 
@@ -194,15 +206,28 @@ class Found:
     task: PoolTask
     values: dict[str, list[float]] = field(default_factory=dict)
     chances: list[float] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    choices: set[frozenset[str]] = field(default_factory=set)
 
-    def add(self, scores: dict[str, float], chance: float) -> None:
+    def add(self, scores: dict[str, float], chance: float, instance: Instance | None = None) -> None:
         for name, score in scores.items():
             self.values.setdefault(name, []).append(score)
         self.chances.append(chance)
+        if instance and instance.choices:
+            self.labels.append(instance.target)
+            self.choices.add(frozenset(instance.choices))
 
-    @property
-    def chance(self) -> float:
-        return float(np.mean(self.chances))
+    def balance(self) -> None:
+        """Adds the accuracy in which each label that occurs counts alike, where the choices are always the same."""
+        labels = Counter(self.labels)
+        right = next((self.values[rule] for rule in RULES if rule in self.values), [])
+        if len(self.choices) == 1 and len(labels) > 1 and len(right) == len(self.labels):
+            weights = [len(self.labels) / len(labels) / labels[label] for label in self.labels]
+            self.values[BALANCED] = [w * r for w, r in zip(weights, right, strict=True)]
+
+    def chance(self, name: str) -> float:
+        """Of the measure; of `balanced` that of always saying the same."""
+        return 1 / len(set(self.labels)) if name == BALANCED else float(np.mean(self.chances))
 
 
 def evaluate_pool(names: Sequence[str], config: EvalConfig) -> int:
@@ -266,8 +291,10 @@ def scored(
             part = [i for i in chunk if (i.choices is not None and config.by != "generation") == choosing]
             scores = (by_choice if choosing else by_generation)(run, pool, part, config) if part else ()
             for instance, of_one, chance in scores:
-                found.setdefault(instance.task, Found(pool.tasks[instance.task])).add(of_one, chance)
+                found.setdefault(instance.task, Found(pool.tasks[instance.task])).add(of_one, chance, instance)
         update(begin + len(chunk), len(rows), "instances")
+    for of_task in found.values():
+        of_task.balance()
     return list(found.values()), time.perf_counter() - start
 
 
@@ -294,11 +321,11 @@ def by_generation(run: Run, pool: Pool, instances: Sequence[Instance], config: E
 def summary(found: Sequence[Found]) -> dict:
     """Means with their intervals: of all tasks, by category, family and task; choices and generated apart."""
     rng = np.random.default_rng(0)
-    drawn = {(f.task.name, name): resampled(values, rng) for f in found for name, values in f.values.items()}
+    drawn = {(f.task.name, name): resampled(f, name, rng) for f in found for name in f.values}
 
     def group(members: Sequence[Found], name: str) -> dict:
         own = [f for f in members if name in f.values]
-        means, chances = np.array([np.mean(f.values[name]) for f in own]), np.array([f.chance for f in own])
+        means, chances = np.array([np.mean(f.values[name]) for f in own]), np.array([f.chance(name) for f in own])
         resamples = np.stack([drawn[f.task.name, name] for f in own], 1)  # [RESAMPLES, tasks]
         if len(own) > 1:
             picked = rng.integers(len(own), size=resamples.shape)
@@ -329,12 +356,20 @@ def summary(found: Sequence[Found]) -> dict:
     }
 
 
-def resampled(values: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+def resampled(of_task: Found, name: str, rng: np.random.Generator) -> np.ndarray:
     """Means of bootstrap samples, float64[RESAMPLES]."""
-    values = np.array(values)
-    if np.isin(values, (0, 1)).all():  # then their number is binomial
-        return rng.binomial(len(values), values.mean(), RESAMPLES) / len(values)
+    values = np.array(of_task.values[name])
+    if name == BALANCED:  # within each label, so that all of them occur in each sample
+        labels = np.array(of_task.labels)
+        return np.mean([binomial(values[labels == label] > 0, rng) for label in dict.fromkeys(of_task.labels)], axis=0)
+    if np.isin(values, (0, 1)).all():
+        return binomial(values, rng)
     return values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+
+
+def binomial(rights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shares of what is right in bootstrap samples of it, float64[RESAMPLES]."""
+    return rng.binomial(len(rights), rights.mean(), RESAMPLES) / len(rights)
 
 
 def normalised(accuracy: np.ndarray, chance: np.ndarray) -> np.ndarray:
@@ -379,8 +414,8 @@ def table(result: dict):
         table.add_row(category, str(max(s["tasks"] for s in scores.values())), *(cell(scores.get(n)) for n in names))
     table.caption = (
         f"percent; {', '.join(n for n in ACCURACIES if n in names)}: accuracy of choices over chance, "
-        "(accuracy - chance) / (1 - chance); gain: points of accuracy over the mean prompt; after ± half the 95% "
-        "interval, over tasks and instances"
+        "(accuracy - chance) / (1 - chance); balanced: each label of a task counts alike; gain: points of accuracy "
+        "over the mean prompt; after ± half the 95% interval, over tasks and instances"
     )
     return table
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tasks.metrics import exact_match, rouge_l, token_f1
-from tasks.pool import PoolTask
+from tasks.pool import Instance, PoolTask
 from tasks.prompts import Prompted
 from tlm.cli import main
 from tlm.generate import generate, generate_slowly
@@ -138,6 +138,32 @@ def test_the_summary_by_hand():
     assert everything["interval"][0] < everything["normalised"] < everything["interval"][1]
     assert result["by_task"]["b"]["sum"]["interval"] == pytest.approx([-1 / 3] * 2)  # all alike: nothing varies
     assert normalised(np.array([1.0]), np.array([1.0])) == 0  # a single choice says nothing
+
+
+def asked(target, choices):
+    return Instance("a", "a-0", "test", "", target, choices)
+
+
+def test_saying_the_same_is_chance_where_labels_count_alike():
+    from sklearn.metrics import balanced_accuracy_score
+
+    rng = np.random.default_rng(0)
+    labels = ["yes"] * 30 + ["no"] * 6 + ["maybe"] * 4
+    for said in (["yes"] * 40, rng.choice(["yes", "no", "maybe"], 40).tolist()):
+        of_task = Found(task("a", "x", "f"))
+        for right, answer in zip(labels, said, strict=True):
+            of_task.add({"sum": float(right == answer)}, 1 / 3, asked(right, ("no", "yes", "maybe")))
+        of_task.balance()
+        result = summary([of_task])["all"]["balanced"]
+        expected = balanced_accuracy_score(labels, said, adjusted=True)
+        assert result["normalised"] == pytest.approx(expected)
+        assert result["interval"][0] <= expected <= result["interval"][1] <= 1
+    for last in (asked("yes", ("yes", "nay")), None):  # other choices: nothing that all of them could be counted by
+        of_task = Found(task("a", "x", "f"))
+        of_task.add({"sum": 1.0}, 0.5, asked("no", ("no", "yes")))
+        of_task.add({"sum": 1.0}, 0.5, last)
+        of_task.balance()
+        assert "balanced" not in of_task.values
 
 
 def test_the_interval_of_one_task_is_that_of_a_binomial():

@@ -48,6 +48,10 @@ def test_arms_are_trained_and_scored_once(ask, tmp_path, jobs_here, capsys):
     (run,) = found["runs"]["all"]
     written = read_json(tmp_path / "study" / "all-0" / "zeroshot.json")
     assert run["tasks"] == {"hidden": pytest.approx(written["by_task"]["hidden"]["sum"]["normalised"], abs=1e-5)}
+    assert run["balanced"] == {
+        "hidden": pytest.approx(written["by_task"]["hidden"]["balanced"]["normalised"], abs=1e-5)
+    }
+    assert found["scores"]["all"]["balanced"]["mean"] == pytest.approx(run["balanced"]["hidden"])
     assert 0.7 * 2e9 < run["flops"] < 1.3 * 2e9
     start = read_json(tmp_path / "study" / "then-0" / "summary.json")["init_from"]
     assert start["folder"] == f"{tmp_path}/study/lm-0/model"

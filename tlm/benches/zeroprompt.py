@@ -30,6 +30,7 @@ from tlm.progress import Progress
 from tlm.run import environment, read_json, write_bytes, write_json
 from tlm.tables import short
 from tlm.versus import Point, flops_to, training_curve
+from tlm.zeroshot import BALANCED
 
 FIXED = ("pool.path", "pool", "corpus", "run", "out", "cache", "seed", "threads", "budget")
 RESAMPLES = 10_000
@@ -163,7 +164,8 @@ def scoring(config: ZeropromptConfig, run: Planned, arm: Arm) -> Planned:
 
 
 def result(run: Planned, rule: str) -> dict:
-    """`rules`: the mean over tasks, by each rule of scoring choices; `tasks`: of each task with choices, by `rule`."""
+    """`rules`: the mean over tasks, by each rule of scoring choices; `tasks`: of each task with choices, by `rule`;
+    `balanced`: of each whose labels are fixed, see zeroshot.py."""
     summary, scores = read_json(run.folder / "summary.json"), read_json(run.folder / "zeroshot.json")
     by_rule = {name: of["normalised"] for name, of in scores["all"].items() if "normalised" in of}
     rule = rule if rule in by_rule else next(iter(by_rule))  # a bi-encoder has but one
@@ -178,8 +180,13 @@ def result(run: Planned, rule: str) -> dict:
         "dev": summary["dev"],
         "scoring_seconds": scores["seconds"],
         "rules": by_rule,
-        "tasks": {name: round(of[rule]["normalised"], 5) for name, of in scores["by_task"].items() if rule in of},
+        "tasks": by_task(scores, rule),
+        "balanced": by_task(scores, BALANCED),
     }
+
+
+def by_task(scores: dict, name: str) -> dict[str, float]:
+    return {task: round(of[name]["normalised"], 5) for task, of in scores["by_task"].items() if name in of}
 
 
 def figures(runs: Sequence[dict], first: Sequence[dict], category_of: dict[str, str]) -> dict:
@@ -192,6 +199,10 @@ def figures(runs: Sequence[dict], first: Sequence[dict], category_of: dict[str, 
         "all": interval(np.array(list(mine.values()))),
         "by_category": {},
     }
+    if all(run.get("balanced") for run in runs):
+        found["balanced"] = interval(
+            np.array([[run["balanced"][task] for run in runs] for task in runs[0]["balanced"]])
+        )
     both = [task for task in mine if task in theirs]
     if runs is not first and both:
         found["beside_first"] = interval(np.array([mine[t] for t in both]) - np.array([theirs[t] for t in both]))
@@ -280,12 +291,16 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
     from rich.table import Table
 
     table = Table(title=f"{config.name}: {config.budget:g} FLOPs, {config.seeds} seeds", title_justify="left", box=None)
-    for head in ("arm", "tasks", "examples", "over chance", "beside the first"):
+    for head in ("arm", "tasks", "examples", "over chance", "balanced", "beside the first"):
         add_column(table, head)
     for name, of in found.items():
         beside = points(of["beside_first"], "+") if "beside_first" in of else "-"
-        table.add_row(name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"]), beside)
-    table.caption = "points of (accuracy - chance) / (1 - chance), with 95% intervals over tasks and seeds"
+        balanced = points(of["balanced"]) if "balanced" in of else "-"
+        table.add_row(name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"]), balanced, beside)
+    table.caption = (
+        "points of (accuracy - chance) / (1 - chance), with 95% intervals over tasks and seeds; balanced: of tasks "
+        "with fixed labels, each of which counts alike, so that always saying the same has 0"
+    )
     Console().print(table)
     if learning:
         table = Table(title="Loss on dev, of tasks that train", title_justify="left", box=None)

@@ -291,12 +291,13 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
     from rich.table import Table
 
     table = Table(title=f"{config.name}: {config.budget:g} FLOPs, {config.seeds} seeds", title_justify="left", box=None)
-    for head in ("arm", "tasks", "examples", "over chance", "balanced", "beside the first"):
+    beside = ["beside the first"] if any("beside_first" in of for of in found.values()) else []
+    for head in ("arm", "tasks", "examples", "over chance", "balanced", *beside):
         add_column(table, head)
     for name, of in found.items():
-        beside = points(of["beside_first"], "+") if "beside_first" in of else "-"
-        balanced = points(of["balanced"]) if "balanced" in of else "-"
-        table.add_row(name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"]), balanced, beside)
+        row = [name, f"{of['trained_tasks']:.0f}", short(of["examples"]), points(of["all"])]
+        row.append(points(of["balanced"]) if "balanced" in of else "-")
+        table.add_row(*row, points(of["beside_first"], "+") if "beside_first" in of else "-" if beside else None)
     table.caption = (
         "points of (accuracy - chance) / (1 - chance), with 95% intervals over tasks and seeds; balanced: of tasks "
         "with fixed labels, each of which counts alike, so that always saying the same has 0"
@@ -313,9 +314,11 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
 
 
 def add_column(table, head: str) -> None:
-    """Where a terminal is narrow, names of arms give way, figures do not."""
-    of_arms = head == "arm"
-    table.add_column(head, justify="left" if of_arms else "right", no_wrap=not of_arms, overflow="fold")
+    """In a narrow terminal names are folded and intervals stand below their means, so that no figure is cut."""
+    if head == "arm":
+        table.add_column(head, overflow="fold", min_width=12)
+    else:
+        table.add_column(head, justify="right", no_wrap=head in ("tasks", "examples"))
 
 
 def points(of: dict, sign: str = "") -> str:

@@ -99,7 +99,8 @@ def search_task(
     by_prompt["found_prompt_gain"] = by_prompt["found_prompt"] - by_prompt["mean_prompt"]
     result = Found(task)
     for i, instance in enumerate(test):
-        result.add({name: float(values[i]) for name, values in by_prompt.items()}, 1 / len(instance.choices))
+        result.add({name: float(values[i]) for name, values in by_prompt.items()}, 1 / len(instance.choices), instance)
+    result.balance(["found_prompt"])
     return result, asdict(best) | {
         "template": best.template, "fitness": known[best], "fitness_of_own": known[best_own], "judged": len(known)
     }  # fmt: skip

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tlm.biencoder import EncoderRun
 
 RULES = ("sum", "byte", "unconditional", "head")  # the last: that of a bi-encoder, alone
-BALANCED = "balanced"  # by the first rule
+BALANCED = "balanced"  # by the first rule, or of the prompt that was found
 ACCURACIES = (
     *RULES,
     BALANCED,
@@ -217,10 +217,11 @@ class Found:
             self.labels.append(instance.target)
             self.choices.add(frozenset(instance.choices))
 
-    def balance(self) -> None:
-        """Adds the accuracy in which each label that occurs counts alike, where the choices are always the same."""
+    def balance(self, names: Sequence[str] = RULES) -> None:
+        """Adds the accuracy in which each label that occurs counts alike, where the choices are always the same; of the
+        first measure of `names` that is there."""
         labels = Counter(self.labels)
-        right = next((self.values[rule] for rule in RULES if rule in self.values), [])
+        right = next((self.values[name] for name in names if name in self.values), [])
         if len(self.choices) == 1 and len(labels) > 1 and len(right) == len(self.labels):
             weights = [len(self.labels) / len(labels) / labels[label] for label in self.labels]
             self.values[BALANCED] = [w * r for w, r in zip(weights, right, strict=True)]

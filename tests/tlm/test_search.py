@@ -56,6 +56,7 @@ def test_a_run_is_searched(pretrained, pool_folder, pool_cache, capsys):
     assert first["prompts"]["hidden"]["fitness"] >= first["prompts"]["hidden"]["fitness_of_own"]
     gain = first["all"]["found_prompt"]["mean"] - first["all"]["mean_prompt"]["mean"]
     assert first["all"]["found_prompt_gain"]["mean"] == pytest.approx(gain)
+    assert first["by_task"]["hidden"]["balanced"]["chance"] == pytest.approx(1 / 3)  # its test texts have three labels
     assert first["cost"]["search"]["flops"] > first["cost"]["test"]["flops"] > 0
     assert main(["search", str(pretrained), *settings]) == 0
     again = json.loads((pretrained / "search.json").read_text())

@@ -171,6 +171,12 @@ def verdict(found: Findings) -> list[str]:
     method = next(a for a in ("tlm", *arms) if a in arms)
     rivals = sorted((a for a in arms if a != method), key=lambda a: a != "pt-ft")
     told = [sentence(found.pair(method, rival), found) for rival in rivals]
+    if not told:
+        low, high = found.intervals[method]
+        told.append(
+            f"{name(method)} is alone, so there is nothing to compare: {percent(low)} to {percent(high)} is the 95% "
+            f"interval of its test score{over_tasks(found)}."
+        )
     ratios = [d for d in found.decisions if d.arm == method]
     if ratios:
         told.insert(min(1, len(told)), ratio_sentence(ratios))
@@ -184,14 +190,18 @@ def verdict(found: Findings) -> list[str]:
 
 
 def sentence(d: Difference, found: Findings) -> str:
-    where = f" on average over {len(found.study.tasks)} tasks" if len(found.study.tasks) > 1 else ""
     gap = (
-        f"{points(d.difference)} points of test score{where}, 95% interval {points(d.low)} to {points(d.high)}, "
+        f"{points(d.difference)} points of test score{over_tasks(found)}, 95% interval {points(d.low)} to "
+        f"{points(d.high)}, "
         f"{p_value(d.corrected)} corrected for {len(found.differences)} comparison{'s' * (len(found.differences) > 1)}"
     )
     if d.verdict == "not told apart":
         return f"{name(d.first)} and {name(d.second)} are not told apart ({gap})."
     return f"{name(d.first)} is {d.verdict} than {name(d.second)} ({gap})."
+
+
+def over_tasks(found: Findings) -> str:
+    return f" on average over {len(found.study.tasks)} tasks" if len(found.study.tasks) > 1 else ""
 
 
 def ratio_sentence(decisions: Sequence[Decision]) -> str:

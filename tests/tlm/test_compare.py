@@ -324,6 +324,14 @@ def test_the_report_is_whole_and_needs_no_network(ask, made, tmp_path, capsys):
     assert "pt-ft+tapt" in shown
 
 
+def test_one_arm_alone_has_a_verdict(ask, made, tmp_path, capsys):
+    assert main(["compare", *ask(arms="[scratch]", seeds=3, tries=1)]) == 0
+    shown = capsys.readouterr().out
+    assert "task only is alone, so there is nothing to compare" in " ".join(shown.split())
+    assert "Picture" not in shown
+    assert (tmp_path / "out" / "report.md").read_text().index("## Verdict") < 100
+
+
 def test_the_report_renders_in_a_browser(ask, made, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:

@@ -645,8 +645,10 @@ def terminal_table(found: Findings):
     tasks = list(found.study.tasks)
     table = Rich(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
-    for title in (*tasks, *(["mean"] if len(tasks) > 1 else []), "FLOPs", "shared", "tuning", "seconds"):
+    for title in (*tasks, *(["mean"] if len(tasks) > 1 else [])):
         table.add_column(title, justify="right", vertical="bottom")
+    for title in ("FLOPs", "shared", "tuning", "seconds"):
+        table.add_column(title, justify="right", vertical="bottom", no_wrap=True)  # a narrow terminal cuts no figure
     by = {(r.arm.name, r.task): r for r in found.results if r.summaries}
     for arm in (arm.name for arm in found.study.arms):
         results = found.of(arm)

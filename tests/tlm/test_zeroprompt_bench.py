@@ -100,10 +100,14 @@ def test_flops_to_a_loss_by_hand():
     }
     found = zeroprompt.side_by_side(curves, {"slow": ("a",), "fast": ("a",), "other": ("b",)})
     assert list(found) == ["slow", "fast"]  # the other has nothing to be compared with
-    assert found["slow"] == {"loss": 4.0, "goal": 4.0, "flops": pytest.approx(1e3), "ratio": 1.0}
+    assert found["slow"] == {"loss": 4.0, "goal": 4.0, "flops": pytest.approx(1e3), "at_most": False, "times": 1.0}
     assert found["fast"]["loss"] == pytest.approx(2.75)  # of 3.0 and 2.5, the least of each seed
     assert found["fast"]["flops"] == pytest.approx(10**1.5)  # half of the way from 5 to 3, in the logarithm
-    assert found["fast"]["ratio"] == pytest.approx(10**1.5)
+    assert found["fast"]["times"] == pytest.approx(10**1.5)
+    early = curves | {"fast": zeroprompt.loss_curve([records([3.0, 2.0])])}
+    assert zeroprompt.side_by_side(early, dict.fromkeys(["slow", "fast"], ("a",)) | {"other": ("b",)})["fast"][
+        "at_most"
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

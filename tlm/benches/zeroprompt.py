@@ -225,18 +225,20 @@ def loss_curve(seeds: Iterable[Sequence[dict]]) -> list[Point]:
 
 
 def side_by_side(curves: dict[str, list[Point]], sets: dict[str, tuple]) -> dict[str, dict]:
-    """Of arms of the same set: the least loss of each, the least that all of them reach, the FLOPs until then, and the
-    ratio of the first arm's to these."""
+    """Of arms of the same set: the least loss of each, the least that all of them reach, the FLOPs until then
+    (`at_most` so many, where the first score is that good already), and how many times as many the slowest takes."""
     found = {}
-    for same in sets.values():
-        names = [name for name, curve in curves.items() if sets[name] == same and len(curve) > 1]
-        if len(names) < 2 or names[0] in found:
+    for same in dict.fromkeys(sets.values()):
+        of = {name: curve for name, curve in curves.items() if sets[name] == same and len(curve) > 1}
+        if len(of) < 2:
             continue
-        goal = min(curves[name][-1].score for name in names)
-        for name in names:
-            flops = flops_to(curves[name], goal)
-            first = found[names[0]]["flops"] if name != names[0] else flops
-            found[name] = {"loss": -curves[name][-1].score, "goal": -goal, "flops": flops, "ratio": first / flops}
+        goal = min(curve[-1].score for curve in of.values())
+        flops = {name: flops_to(curve, goal) for name, curve in of.items()}
+        for name, curve in of.items():
+            found[name] = {
+                "loss": -curve[-1].score, "goal": -goal, "flops": flops[name],
+                "at_most": flops[name] == curve[0].flops, "times": max(flops.values()) / flops[name],
+            }  # fmt: skip
     return found
 
 
@@ -305,11 +307,18 @@ def show(config: ZeropromptConfig, found: dict[str, dict], learning: dict[str, d
     Console().print(table)
     if learning:
         table = Table(title="Loss on dev, of tasks that train", title_justify="left", box=None)
-        for head in ("arm", "at the end", "all reach", "in FLOPs", "ratio"):
+        for head in ("arm", "at the end", "all reach", "in FLOPs", "times fewer"):
             add_column(table, head)
         for name, of in learning.items():
-            table.add_row(name, f"{of['loss']:.3f}", f"{of['goal']:.3f}", f"{of['flops']:.2e}", f"{of['ratio']:.2f}")
-        table.caption = "ratio: the FLOPs of the first arm of the same tasks over these"
+            most, least = ("≤ ", "≥ ") if of["at_most"] else ("", "")
+            figures = (
+                f"{of['loss']:.3f}",
+                f"{of['goal']:.3f}",
+                f"{most}{of['flops']:.2e}",
+                f"{least}{of['times']:.2f}",
+            )
+            table.add_row(name, *figures)
+        table.caption = "times fewer: than the slowest arm of the same tasks"
         Console().print(table)
 
 

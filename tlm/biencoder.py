@@ -47,7 +47,7 @@ ARM = "bi-encoder"
 SCALE = 20.0  # of cosines at the start, as in sentence-transformers
 ENCODER_SHARE = 0.025  # the encoder's learning rate, as a share of joint.lr, which is the head's: 5e-5 by default
 MOST_CHOICES = 32  # of an instance that train: the right one and others, drawn anew each time
-TOKENS_AT_ONCE = 2048  # texts of like length are padded together, about so many tokens
+TOKENS_AT_ONCE = 2048  # of texts of one length, padded to a multiple of MULTIPLE, about so many tokens together
 LOG_EVERY = 10  # steps
 UNHEEDED = (
     "corpus", "attention", "device", "precision", "compile", "activation_checkpointing", "micro_batch", "deepspeed",
@@ -78,7 +78,9 @@ class BiEncoder(nn.Module):
     def embed(self, texts: Sequence[str], side: str = "right") -> torch.Tensor:
         """float32[texts, hidden]: the mean of each one's last states."""
         tokens, vectors = self.encode(texts, side), []
-        parts = batches_by_length(np.array([len(t) for t in tokens]), TOKENS_AT_ONCE)
+        lengths = np.array([-(-len(t) // MULTIPLE) * MULTIPLE for t in tokens])
+        alike = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]  # so nothing is padded further
+        parts = [same[part] for same in alike for part in batches_by_length(lengths[same], TOKENS_AT_ONCE)]
         for part in parts:
             batch = padded(self.tokenizer, [tokens[i] for i in part])
             states, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"]

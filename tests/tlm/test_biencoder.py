@@ -143,6 +143,16 @@ def test_a_stopped_run_ends_the_same_to_the_bit(run, checkpoint, pool_folder, po
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_short_texts_are_not_padded_to_long_ones(model):
+    texts = ["short", "a text that is quite some longer than the other one", "brief"]
+    model.flops = 0
+    together = model.embed(texts)
+    spent, model.flops = model.flops, 0
+    alone = torch.cat([model.embed([text]) for text in texts])
+    assert spent == model.flops
+    torch.testing.assert_close(together, alone)
+
+
 def test_a_budget_is_kept(checkpoint, pool_folder, pool_cache, tmp_path):
     assert pretrain(checkpoint, pool_folder, pool_cache, tmp_path, "budget=1e9") == 0
     summary = json.loads((tmp_path / "encoder" / "summary.json").read_text())

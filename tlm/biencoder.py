@@ -78,7 +78,7 @@ class BiEncoder(nn.Module):
     def embed(self, texts: Sequence[str], side: str = "right") -> torch.Tensor:
         """float32[texts, hidden]: the mean of each one's last states."""
         tokens, vectors = self.encode(texts, side), []
-        lengths = np.array([-(-len(t) // MULTIPLE) * MULTIPLE for t in tokens])
+        lengths = when_padded([len(t) for t in tokens])
         alike = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]  # so nothing is padded further
         parts = [same[part] for same in alike for part in batches_by_length(lengths[same], TOKENS_AT_ONCE)]
         for part in parts:
@@ -185,15 +185,20 @@ def with_steps(config: PretrainConfig, taken: Taken, model: BiEncoder) -> Pretra
     joint = replace(config.joint, batch=batch)
     if config.budget:
         choices = model.encode([c for p in sample for c in p.answers], "right")  # in a batch some of them are alike
-        lengths = np.array([*prompts, *map(len, choices)])
+        lengths = when_padded([*prompts, *map(len, choices)])
         with torch.no_grad():
-            of_length = {n: flops_of(model, int(n)) for n in set((-(-lengths // MULTIPLE) * MULTIPLE).tolist())}
-        of_all = sum(of_length[int(n)] for n in -(-lengths // MULTIPLE) * MULTIPLE)
+            of_length = {n: flops_of(model, int(n)) for n in np.unique(lengths)}
+        of_all = sum(of_length[n] for n in lengths)
         steps = round(config.budget / (3 * batch * joint.accumulation * of_all / len(sample)))
         if not steps:
             raise InputError(f"budget={config.budget:g}: too small for a step; raise it")
         joint = replace(joint, steps=steps, eval_every=steps_between_scores(steps, last=True))
     return replace(config, joint=joint)
+
+
+def when_padded(lengths: Sequence[int]) -> np.ndarray:
+    """What `padded` makes of texts of these lengths that stand alone, int64[texts]."""
+    return -(-np.array(lengths) // MULTIPLE) * MULTIPLE
 
 
 def flops_of(model: BiEncoder, length: int) -> int:

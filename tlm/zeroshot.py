@@ -43,15 +43,8 @@ if TYPE_CHECKING:
 
 RULES = ("sum", "byte", "unconditional", "head")  # the last: that of a bi-encoder, alone
 BALANCED = "balanced"  # by the first rule, or of the prompt that was found
-ACCURACIES = (
-    *RULES,
-    BALANCED,
-    "mean_prompt",
-    "majority",
-    "label_model",
-    "own_prompt",
-    "found_prompt",
-)  # votes.py, search.py
+OF_PROMPTS = ("mean_prompt", "majority", "label_model", "own_prompt", "found_prompt")  # votes.py, search.py
+ACCURACIES = (*RULES, BALANCED, *OF_PROMPTS)
 RESAMPLES = 1000
 AT_A_TIME = 1000  # instances
 
